@@ -1,0 +1,1 @@
+"""Measures a running stack and judges its answers."""

@@ -1,0 +1,1 @@
+"""The decode tier: takes KV in, generates."""

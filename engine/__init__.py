@@ -1,0 +1,1 @@
+"""One model on one device: schedules, runs and samples. Knows nothing of processes, networks or text."""

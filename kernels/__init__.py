@@ -1,0 +1,1 @@
+"""The maths of one step on one device. Knows tensors; knows nothing of requests."""

@@ -1,0 +1,1 @@
+"""The prefill tier: computes prompts, hands their KV over."""

@@ -1,0 +1,90 @@
+"""What a block of KV memory looks like, and when two workers' blocks are the same thing.
+
+Block-major: all layers of one block are one contiguous region, so a hand-off moves one region per block. ``spans``
+lists what lies where inside it, so that uneven layers, scales and latent attention fit without another format.
+Knows sizes and names; holds no memory.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+
+WIRE_VERSION = 1
+"""Version of the hand-off's messages. Workers speak to peers of this version and of the one before."""
+
+DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "float8_e4m3fn": 1}
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """``num_bytes`` bytes at ``offset`` of a block: one layer's keys or values, ``[block_size, kv_heads, head_dim]``."""
+
+    layer: int
+    part: str
+    offset: int
+    num_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class KvLayout:
+    """The shape of every block of one worker: ``[num_layers, 2, block_size, kv_heads, head_dim]`` of ``dtype``."""
+
+    num_layers: int
+    block_size: int
+    kv_heads: int
+    head_dim: int
+    dtype: str
+    model_digest: str
+
+    @property
+    def bytes_per_token(self) -> int:
+        return self.num_layers * 2 * self.kv_heads * self.head_dim * DTYPE_BYTES[self.dtype]
+
+    @property
+    def block_bytes(self) -> int:
+        return self.block_size * self.bytes_per_token
+
+    def spans(self) -> list[Span]:
+        """The parts of a block in address order; they tile it without gaps."""
+        size = self.block_size * self.kv_heads * self.head_dim * DTYPE_BYTES[self.dtype]
+        return [
+            Span(layer, part, (layer * 2 + which) * size, size)
+            for layer in range(self.num_layers)
+            for which, part in enumerate(("key", "value"))
+        ]
+
+    def fingerprint(self) -> str:
+        """Equal fingerprints mean that a block of one worker can be used by the other as it is."""
+        fields = (
+            WIRE_VERSION,
+            self.num_layers,
+            self.block_size,
+            self.kv_heads,
+            self.head_dim,
+            self.dtype,
+            self.model_digest,
+        )
+        return hashlib.blake2b(repr(fields).encode(), digest_size=12).hexdigest()
+
+    def describe(self) -> str:
+        """One line for logs and for a mismatch's error."""
+        return (
+            f"model {self.model_digest}, {self.num_layers} layers, {self.kv_heads} KV heads of {self.head_dim}, "
+            f"{self.dtype}, blocks of {self.block_size} tokens ({self.block_bytes:,} bytes)"
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryExport:
+    """Where another process of this host can map a worker's KV memory: ``/proc/<pid>/fd/<fd>``, read-only.
+
+    Block ``b`` lies at ``b * block_bytes``. ``nonce`` (16 bytes) is written at ``nonce_offset``, after the last block: a
+    reader that finds it there reads the memory it means, and not that of another process or container.
+    """
+
+    pid: int
+    fd: int
+    num_bytes: int
+    nonce_offset: int
+    nonce: bytes

@@ -1,0 +1,1 @@
+"""The front door for people: command line, offline LLM, the local stack."""
