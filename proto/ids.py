@@ -39,3 +39,13 @@ class RequestIds:
 
     def next(self) -> RequestId:
         return RequestId(f"{self._epoch}.{next(self._counter)}")
+
+
+def router_of(request: RequestId) -> Epoch:
+    """The epoch of the router that owns ``request``."""
+    return Epoch(request.rpartition(".")[0])
+
+
+def try_id(request: RequestId, generation: Generation) -> RequestId:
+    """What a worker's engine calls one try of a request, so that news of an older try is never taken for this one's."""
+    return RequestId(f"{request}#{generation}")

@@ -1,0 +1,69 @@
+import asyncio
+
+import pytest
+
+from proto.ids import RequestId
+from worker.leases import Leases
+
+A, B = RequestId("r.1"), RequestId("r.2")
+
+
+class Expired:
+    def __init__(self) -> None:
+        self.requests: list[RequestId] = []
+        self._news = asyncio.Event()
+
+    def __call__(self, request: RequestId) -> None:
+        self.requests.append(request)
+        self._news.set()
+
+    async def wait_for(self, count: int) -> None:
+        while len(self.requests) < count:
+            self._news.clear()
+            await self._news.wait()
+
+
+@pytest.fixture
+async def expired() -> Expired:
+    return Expired()
+
+
+async def test_a_lease_that_is_not_renewed_ends_once(expired: Expired) -> None:
+    leases = Leases(expired)
+    leases.grant(A, 0.01)
+    await expired.wait_for(1)
+    assert expired.requests == [A]
+    assert A not in leases
+
+
+async def test_a_shorter_lease_ends_before_a_longer_one_that_came_first(expired: Expired) -> None:
+    leases = Leases(expired)
+    leases.grant(A, 3600.0)
+    leases.grant(B, 0.01)
+    await expired.wait_for(1)
+    assert expired.requests == [B]
+    assert A in leases
+    leases.close()
+
+
+async def test_an_ended_lease_neither_expires_nor_comes_back_by_renewal(expired: Expired) -> None:
+    leases = Leases(expired)
+    leases.grant(A, 0.005)
+    leases.end(A)
+    leases.end(A)
+    leases.renew(A, 0.005)
+    leases.grant(B, 0.02)
+    await expired.wait_for(1)
+    assert expired.requests == [B]
+
+
+async def test_renewal_moves_the_deadline(expired: Expired) -> None:
+    leases = Leases(expired)
+    leases.grant(A, 0.02)
+    leases.renew(A, 3600.0)
+    leases.grant(B, 0.03)
+    await expired.wait_for(1)
+    assert expired.requests == [B]
+    assert A in leases
+    leases.close()
+    assert len(leases) == 0

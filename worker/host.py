@@ -1,0 +1,154 @@
+"""An engine on its own thread, as the event loop sees it.
+
+    event loop ── call(fn) ──▶ engine thread        runs between two steps, answers by a future
+    event loop ◀── started / stepped / crashed ──   one hop per step, however many requests it served
+
+Neither side ever waits for the other. Knows nothing of tiers, hand-offs or routers.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass
+from typing import Protocol, TypeVar
+
+from engine.build import EngineParts, load_engine_parts
+from engine.core import CacheEvent, EngineCore, StepOutput
+from engine.loop import EngineLoop, StepHeartbeat
+from proto.control import Load
+from proto.ids import RequestId
+from proto.request import Request, SamplingParams
+from proto.settings import EngineSettings
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class StepNews:
+    """What one step did, with the load and the cache's changes since the last news."""
+
+    output: StepOutput
+    load: Load
+
+
+class EngineEvents(Protocol):
+    """What a tier hears from its engine. Called on the event loop, in the engine's order."""
+
+    def started(self, request: RequestId) -> None:
+        """The request's first chunk is about to run."""
+
+    def stepped(self, news: StepNews) -> None: ...
+
+    def cache_changed(self, events: list[CacheEvent]) -> None: ...
+
+    def crashed(self, error: BaseException) -> None:
+        """The engine thread is gone, and every request with it."""
+
+
+class EngineHost:
+    """Loads an engine and drives it. ``open`` once, then ``call``; ``close`` may be called twice."""
+
+    def __init__(self, settings: EngineSettings, events: EngineEvents) -> None:
+        self._settings = settings
+        self._events = events
+        self._parts: EngineParts | None = None
+        self._loop: EngineLoop | None = None
+        self._asyncio: asyncio.AbstractEventLoop | None = None
+
+    @property
+    def parts(self) -> EngineParts:
+        assert self._parts is not None, "open() comes first"
+        return self._parts
+
+    async def open(self, on_phase: Callable[[str, float], None]) -> None:
+        """Loads weights, sizes the KV memory, warms up and starts stepping. Raises SetupError."""
+        self._asyncio = asyncio.get_running_loop()
+        self._parts = await asyncio.to_thread(load_engine_parts, self._settings, on_phase)
+        core = self._build_core(self._parts)
+        if not self._settings.model.skip_warmup:
+            on_phase("warming up", 0.0)
+            await asyncio.to_thread(_warm_up, core)
+        self._loop = EngineLoop(core, on_step=lambda output: self._on_step(core, output), on_crash=self._on_crash)
+        self._loop.start()
+
+    def _build_core(self, parts: EngineParts) -> EngineCore:
+        scheduler = self._settings.scheduler
+        return EngineCore(
+            parts.runner,
+            parts.kv,
+            parts.facts,
+            parts.hasher,
+            enable_prefix_caching=self._settings.cache.enable_prefix_caching,
+            enable_chunked_prefill=scheduler.enable_chunked_prefill,
+            policy=scheduler.scheduling_policy,
+            max_num_queued=scheduler.max_num_queued_reqs,
+            on_started=self._on_started,
+        )
+
+    async def call(self, fn: Callable[[EngineCore], T]) -> T:
+        """Runs ``fn`` on the engine thread between two steps, in the order of the calls, and returns its result.
+
+        A caller that is cancelled does not take the call back: what ``fn`` does is done all the same.
+        """
+        return await asyncio.shield(asyncio.wrap_future(self.post(fn)))
+
+    def post(self, fn: Callable[[EngineCore], T]) -> Future[T]:
+        """Like ``call``, without waiting."""
+        assert self._loop is not None, "open() comes first"
+
+        def run_and_collect(core: EngineCore) -> T:
+            try:
+                return fn(core)
+            finally:
+                self._collect_cache_events(core)
+
+        return self._loop.call(run_and_collect)
+
+    @property
+    def heartbeat(self) -> StepHeartbeat | None:
+        """When the last step ended and whether there is work; None before the engine is up."""
+        return self._loop.heartbeat if self._loop else None
+
+    async def close(self) -> None:
+        if self._loop is not None:
+            await asyncio.to_thread(self._loop.stop, 5.0)
+            self._loop = None
+        if self._parts is not None:
+            self._parts.kv.close()
+            self._parts = None
+
+    # The engine thread, from here on.
+
+    def _on_started(self, request: RequestId) -> None:
+        self._hop(lambda: self._events.started(request))
+
+    def _on_step(self, core: EngineCore, output: StepOutput) -> None:
+        news = StepNews(output, core.load())
+        self._hop(lambda: self._events.stepped(news))
+        self._collect_cache_events(core)
+
+    def _on_crash(self, error: BaseException) -> None:
+        self._hop(lambda: self._events.crashed(error))
+
+    def _collect_cache_events(self, core: EngineCore) -> None:
+        if events := core.take_cache_events():
+            self._hop(lambda: self._events.cache_changed(events))
+
+    def _hop(self, callback: Callable[[], None]) -> None:
+        assert self._asyncio is not None
+        try:
+            self._asyncio.call_soon_threadsafe(callback)
+        except RuntimeError:  # the event loop is closed: the process is ending
+            log.debug("engine news after the event loop closed")
+
+
+def _warm_up(core: EngineCore) -> None:
+    """A prompt and a decode step, short enough to leave nothing in the prefix cache."""
+    params = SamplingParams(temperature=0.0, max_tokens=2, ignore_eos=True, seed=0)
+    core.add(Request(id=RequestId("warm-up"), prompt=(0, 0, 0, 0), params=params))
+    while core.has_work():
+        core.step()

@@ -1,0 +1,65 @@
+"""Leases on a worker's own monotonic timer: what is not renewed in time is let go.
+
+Knows names and deadlines; what letting go means is the caller's.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+
+from proto.ids import RequestId
+
+
+class Leases:
+    """One timer for all leases. ``on_expired`` is called once per lease that ran out, on the event loop."""
+
+    def __init__(self, on_expired: Callable[[RequestId], None]) -> None:
+        self._on_expired = on_expired
+        self._deadlines: dict[RequestId, float] = {}
+        self._timer: asyncio.TimerHandle | None = None
+
+    def __contains__(self, request: RequestId) -> bool:
+        return request in self._deadlines
+
+    def __len__(self) -> int:
+        return len(self._deadlines)
+
+    def grant(self, request: RequestId, lease_s: float) -> None:
+        """Starts a lease, or restarts it at ``lease_s`` from now."""
+        self._deadlines[request] = asyncio.get_running_loop().time() + lease_s
+        self._arm()
+
+    def renew(self, request: RequestId, lease_s: float) -> None:
+        """Like ``grant``, for a lease that still runs; a lease that ended stays ended."""
+        if request in self._deadlines:
+            self.grant(request, lease_s)
+
+    def end(self, request: RequestId) -> None:
+        """Ends a lease without calling ``on_expired``. May be called twice."""
+        self._deadlines.pop(request, None)
+
+    def close(self) -> None:
+        self._deadlines.clear()
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def _arm(self) -> None:
+        """The timer never fires later than the earliest deadline; after renewals it may fire early, and re-arms."""
+        if not self._deadlines:
+            return
+        earliest = min(self._deadlines.values())
+        if self._timer is not None:
+            if self._timer.when() <= earliest:
+                return
+            self._timer.cancel()
+        self._timer = asyncio.get_running_loop().call_at(earliest, self._expire)
+
+    def _expire(self) -> None:
+        self._timer = None
+        now = asyncio.get_running_loop().time()
+        for request in [request for request, deadline in self._deadlines.items() if deadline <= now]:
+            del self._deadlines[request]
+            self._on_expired(request)
+        self._arm()

@@ -1,0 +1,61 @@
+"""The routers a worker serves: one stream each, and which request's news goes to which.
+
+A request's id names its router, so there is nothing to register. News for a router that is away is dropped here: when
+it comes back it asks again (Attach with positions), and when it does not, the request's lease ends.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable
+
+from proto.control import FromRouter, FromWorker, LoadReport, Tokens
+from proto.ids import Epoch, Generation, RequestId, router_of
+from proto.request import TokenOut
+from service.rpc import RouterStream, StreamClosed
+
+log = logging.getLogger(__name__)
+
+
+class RouterStreams:
+    """Live streams by router epoch. A router that connects again replaces its older stream."""
+
+    def __init__(self) -> None:
+        self._streams: dict[Epoch, RouterStream] = {}
+
+    def __len__(self) -> int:
+        return len(self._streams)
+
+    async def serve(self, stream: RouterStream, handle: Callable[[FromRouter], None]) -> None:
+        """Passes the stream's messages to ``handle`` until it ends."""
+        router = stream.router_epoch
+        self._streams[router] = stream
+        log.info("router %s connected", router)
+        try:
+            while True:
+                handle(await stream.receive())
+        except StreamClosed as end:
+            log.info("router %s disconnected: %s", router, end)
+        finally:
+            if self._streams.get(router) is stream:
+                del self._streams[router]
+
+    def send(self, request: RequestId, message: FromWorker) -> None:
+        """Queues ``message`` for the request's router. Never blocks."""
+        if stream := self._streams.get(router_of(request)):
+            stream.send(message)
+
+    def send_tokens(self, tokens: Iterable[tuple[Generation, TokenOut]]) -> None:
+        """One message per router with all of ``tokens`` that are its own."""
+        by_router: dict[Epoch, tuple[dict[RequestId, Generation], list[TokenOut]]] = {}
+        for generation, token in tokens:
+            generations, outs = by_router.setdefault(router_of(token.request), ({}, []))
+            generations[token.request] = generation
+            outs.append(token)
+        for router, (generations, outs) in by_router.items():
+            if stream := self._streams.get(router):
+                stream.send(Tokens(tuple(generations.items()), tuple(outs)))
+
+    def broadcast(self, report: LoadReport) -> None:
+        for stream in self._streams.values():
+            stream.send(report)
