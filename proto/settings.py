@@ -1,7 +1,7 @@
 """Every setting of every component: one field = one flag = one environment variable = one YAML key.
 
-Field ``max_model_len`` is ``--max-model-len`` (``--max_model_len`` too), ``TANDEM_MAX_MODEL_LEN`` and ``max_model_len:``.
-Names and meanings are vLLM's where vLLM has them. Values are frozen; what is measured from the machine (number of
+Field ``max_model_len`` is ``--max-model-len`` (or ``--max_model_len``), ``TANDEM_MAX_MODEL_LEN`` and
+``max_model_len:``. Names and meanings are vLLM's where vLLM has them. Values are frozen; what is measured from the machine (number of
 blocks, say) is not a setting. Reading flags, environment and files is ``tandem.options``' work, not this module's.
 """
 
@@ -14,17 +14,29 @@ from typing import Any
 
 def setting(
     default: Any,
-    help: str,  # noqa: A002 - argparse's own word
+    help: str,
     *,
     choices: tuple[str, ...] = (),
     metavar: str | None = None,
     env: tuple[str, ...] = (),
     kind: str = "",
     secret: bool = False,
+    low: float | None = None,
+    high: float | None = None,
 ) -> Any:
     """A settings field. ``kind`` names how text is read where the type alone does not say: ``size`` (bytes: 4GiB),
-    ``count`` (32K), ``json``. ``env`` adds names read besides TANDEM_<FIELD>, which wins. ``secret`` is never printed."""
-    metadata = {"help": help, "choices": choices, "metavar": metavar, "env": env, "kind": kind, "secret": secret}
+    ``count`` (32K), ``length`` (32K; auto is -1), ``json``. ``env`` adds names read besides TANDEM_<FIELD>, which wins.
+    ``secret`` is never printed. ``low`` and ``high`` bound a number, both included."""
+    metadata = {
+        "help": help,
+        "choices": choices,
+        "metavar": metavar,
+        "env": env,
+        "kind": kind,
+        "secret": secret,
+        "low": low,
+        "high": high,
+    }
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -46,14 +58,18 @@ class ModelSettings:
         choices=("auto", "float32", "float", "float16", "half", "bfloat16"),
     )
     max_model_len: int | None = setting(
-        None, "longest prompt plus output, in tokens (32K works; -1 or auto: what fits)", kind="count"
+        None, "longest prompt plus output, in tokens (32K works; -1 or auto: what fits)", kind="length", low=-1
     )
     served_model_name: tuple[str, ...] = setting((), "names clients may use; the first is shown", metavar="NAME")
     seed: int = setting(0, "seed of dummy weights and of requests whose seed the router draws")
     generation_config: str = setting("auto", "auto: the model's sampling defaults; vllm: none; else a folder")
-    override_generation_config: dict[str, Any] | None = setting(None, "JSON that overrides them", kind="json")
+    override_generation_config: dict[str, Any] | None = setting(  # noqa: RUF009 - a field, as all of these are
+        None, "JSON that overrides them", kind="json"
+    )
     device: str = setting("auto", "where the model runs", choices=("auto", "cpu", "cuda"))
-    threads: int | None = setting(None, "CPU threads of one engine (default: the cores, shared among local workers)")
+    threads: int | None = setting(
+        None, "CPU threads of one engine (default: the cores, shared among local workers)", low=1
+    )
     skip_warmup: bool = setting(False, "do not run a forward pass before taking requests")
 
 
@@ -61,10 +77,12 @@ class ModelSettings:
 class CacheSettings:
     """The KV memory."""
 
-    block_size: int = setting(16, "tokens per KV block")
-    gpu_memory_utilization: float = setting(0.92, "share of the device's memory this engine may use")
-    kv_cache_memory_bytes: int | None = setting(None, "size of the KV memory (4GiB works); overrides the share", kind="size")
-    num_gpu_blocks_override: int | None = setting(None, "number of KV blocks; overrides both")
+    block_size: int = setting(16, "tokens per KV block", low=1)
+    gpu_memory_utilization: float = setting(0.92, "share of the device's memory this engine may use", low=0.01, high=1)
+    kv_cache_memory_bytes: int | None = setting(
+        None, "size of the KV memory (4GiB works); overrides the share", kind="size", low=1
+    )
+    num_gpu_blocks_override: int | None = setting(None, "number of KV blocks; overrides both", low=1)
     kv_cache_dtype: str = setting("auto", "type of keys and values; auto: the model's", choices=("auto",))
     enable_prefix_caching: bool = setting(True, "reuse the blocks of equal prefixes")
     prefix_hash_key: str = setting("", "secret mixed into block hashes; equal on every worker", secret=True)
@@ -74,24 +92,26 @@ class CacheSettings:
 class SchedulerSettings:
     """What one step may hold, and how many may wait."""
 
-    max_num_seqs: int | None = setting(None, "sequences in one step (default: 256, on CPU 128)")
+    max_num_seqs: int | None = setting(None, "sequences in one step (default: 256, on CPU 128)", low=1)
     max_num_batched_tokens: int | None = setting(
-        None, "tokens in one step (default: 8192 on GPU, 2048 on CPU)", kind="count"
+        None, "tokens in one step (default: 8192 on GPU, 2048 on CPU)", kind="count", low=1
     )
     enable_chunked_prefill: bool = setting(True, "compute long prompts in chunks, between decode steps")
-    long_prefill_token_threshold: int = setting(0, "largest chunk of one prompt; 0: the step's whole budget")
+    long_prefill_token_threshold: int = setting(0, "largest chunk of one prompt; 0: the step's whole budget", low=0)
     scheduling_policy: str = setting("fcfs", "order of waiting requests", choices=("fcfs", "priority"))
-    max_num_queued_reqs: int = setting(512, "requests that may wait on one worker; beyond it: 429")
+    max_num_queued_reqs: int = setting(512, "requests that may wait on one worker; beyond it: 429", low=0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LedgerSettings:
     """Where the tiers meet."""
 
-    redis: str | None = setting(None, "redis://host:port/db (default for `serve`: a private one)", metavar="URL", env=("REDIS_URL",))
+    redis: str | None = setting(
+        None, "redis://host:port/db (default for `serve`: a private one)", metavar="URL", env=("REDIS_URL",)
+    )
     namespace: str = setting("tandem", "prefix of every Redis key; one per deployment")
-    heartbeat_s: float = setting(1.0, "seconds between a worker's heartbeats")
-    heartbeat_ttl_s: float = setting(5.0, "a worker is gone from the ledger after this long without one")
+    heartbeat_s: float = setting(1.0, "seconds between a worker's heartbeats", low=0.01)
+    heartbeat_ttl_s: float = setting(5.0, "a worker is gone from the ledger after this long without one", low=0.01)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,14 +119,16 @@ class WorkerSettings:
     """One prefill or decode worker as a process."""
 
     host: str = setting("0.0.0.0", "address the worker's gRPC service listens on")
-    port: int = setting(0, "its port; 0: any free one")
+    port: int = setting(0, "its port; 0: any free one", low=0, high=65535)
     advertise: str | None = setting(None, "host or host:port others reach it by (default: this host's address)")
-    http_port: int | None = setting(None, "port for /health, /ready and /metrics; 0: any free one (default: none)")
+    http_port: int | None = setting(
+        None, "port for /health, /ready and /metrics; 0: any free one (default: none)", low=0, high=65535
+    )
     worker_id: str | None = setting(None, "stable name of this worker (default: role, host and a nonce)")
     transports: tuple[str, ...] = setting(("auto",), "ways to move blocks, best first: shm, grpc", metavar="NAME")
-    lease_s: float = setting(30.0, "seconds a hand-off's blocks are kept without news from their peer")
-    max_held: int = setting(64, "prompts that may wait, computed, for a decode worker")
-    drain_timeout: float = setting(30.0, "seconds a worker may take to finish its work after SIGTERM")
+    lease_s: float = setting(30.0, "seconds a hand-off's blocks are kept without news from their peer", low=0.1)
+    max_held: int = setting(64, "prompts that may wait, computed, for a decode worker", low=1)
+    drain_timeout: float = setting(30.0, "seconds a worker may take to finish its work after SIGTERM", low=0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -114,20 +136,26 @@ class RouterSettings:
     """The HTTP side."""
 
     host: str = setting("0.0.0.0", "address to listen on")
-    port: int = setting(8000, "port to listen on")
-    api_key: tuple[str, ...] = setting((), "keys clients must send (repeatable; better by environment or file)", env=("VLLM_API_KEY",), secret=True)
+    port: int = setting(8000, "port to listen on", low=0, high=65535)
+    api_key: tuple[str, ...] = setting(
+        (), "keys clients must send (repeatable; better by environment or file)", env=("VLLM_API_KEY",), secret=True
+    )
     api_key_file: str | None = setting(None, "file with one key per line")
     disagg_threshold: int = setting(
-        64, "prompts with fewer uncached tokens are prefilled on the decode worker; 0: every prompt goes to a prefill worker"
+        64,
+        "prompts with fewer uncached tokens are prefilled on the decode worker; 0: all go to a prefill worker",
+        low=0,
     )
-    request_timeout: float = setting(600.0, "seconds a request may take in all")
-    max_attempts: int = setting(6, "tries of one request before it ends with an error")
-    max_logprobs: int = setting(20, "largest logprobs a request may ask for")
-    max_buffered_tokens: int = setting(4096, "tokens kept for a client that reads slowly, before it is cut off")
-    max_inflight: int = setting(4096, "requests in the router at once; beyond it: 429")
+    request_timeout: float = setting(600.0, "seconds a request may take in all", low=0.1)
+    max_attempts: int = setting(6, "tries of one request before it ends with an error", low=1)
+    max_logprobs: int = setting(20, "largest logprobs a request may ask for", low=0)
+    max_buffered_tokens: int = setting(4096, "tokens kept for a client that reads slowly, before it is cut off", low=1)
+    max_inflight: int = setting(4096, "requests in the router at once; beyond it: 429", low=1)
     chat_template: str | None = setting(None, "file with a chat template, in place of the model's")
     response_role: str = setting("assistant", "role of the messages that answer")
-    sse_keep_alive_interval: float = setting(0.0, "seconds of silence after which a stream gets a comment; 0: never")
+    sse_keep_alive_interval: float = setting(
+        0.0, "seconds of silence after which a stream gets a comment; 0: never", low=0
+    )
     allowed_origins: tuple[str, ...] = setting((), "CORS origins", metavar="ORIGIN")
     root_path: str = setting("", "path prefix under which a proxy serves this")
     ssl_keyfile: str | None = setting(None, "TLS key")
@@ -136,16 +164,18 @@ class RouterSettings:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LogSettings:
-    log_level: str = setting("info", "", choices=("debug", "info", "warning", "error"))
-    log_format: str = setting("text", "", choices=("text", "json"))
+    """What is logged, and how."""
+
+    log_level: str = setting("info", "least severe message to log", choices=("debug", "info", "warning", "error"))
+    log_format: str = setting("text", "one line of text or one JSON object per message", choices=("text", "json"))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LocalSettings:
     """``tandem serve``: how many workers of each kind this machine runs."""
 
-    prefill: int = setting(1, "prefill workers to start", metavar="N")
-    decode: int = setting(1, "decode workers to start", metavar="N")
+    prefill: int = setting(1, "prefill workers to start", metavar="N", low=0)
+    decode: int = setting(1, "decode workers to start", metavar="N", low=1)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
