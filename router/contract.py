@@ -27,9 +27,9 @@ StageTimes = Mapping[Stage, float]
 class NewRequest:
     """A request as the HTTP side hands it over.
 
-    ``prompt`` is not empty, and every id is within the vocabulary. ``params`` is checked; ``max_tokens`` is a number and
-    fits the context beside the prompt; ``seed`` may be None: the flow draws one. ``label`` is the client's X-Request-ID
-    or ours: for logs and traces only, never an identity.
+    ``prompt`` is not empty, and every id is within the vocabulary. ``params`` is checked; ``max_tokens`` is a number
+    and fits the context beside the prompt; ``seed`` may be None: the flow draws one. ``label`` is the client's
+    X-Request-ID or ours: for logs and traces only, never an identity.
     """
 
     prompt: tuple[int, ...]
@@ -81,7 +81,7 @@ class RequestStreamLike(Protocol):
 
 class FlowLike(Protocol):
     async def start(self, new: NewRequest) -> RequestStreamLike:
-        """Admits and routes the request. Raises Overloaded, NoWorker or another TandemError, with nothing left behind."""
+        """Admits and routes the request. Raises Overloaded, NoWorker or another TandemError; then nothing is left."""
 
 
 class ModelProvider(Protocol):
@@ -91,7 +91,7 @@ class ModelProvider(Protocol):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Readiness:
-    """Whether requests can be served now. ``reasons`` say why not, or what is degraded; ``details`` go to /ready as they are."""
+    """Whether requests can be served now. ``reasons`` say why not, or what is degraded; /ready shows ``details``."""
 
     ready: bool
     reasons: tuple[str, ...] = ()
