@@ -1,8 +1,8 @@
 """Every setting of every component: one field = one flag = one environment variable = one YAML key.
 
 Field ``max_model_len`` is ``--max-model-len`` (or ``--max_model_len``), ``TANDEM_MAX_MODEL_LEN`` and
-``max_model_len:``. Names and meanings are vLLM's where vLLM has them. Values are frozen; what is measured from the machine (number of
-blocks, say) is not a setting. Reading flags, environment and files is ``tandem.options``' work, not this module's.
+``max_model_len:``. Names and meanings are vLLM's where vLLM has them. Values are frozen; what is measured from the
+machine (number of blocks, say) is not a setting. Reading flags, environment and files is ``tandem.options``' work.
 """
 
 from __future__ import annotations
