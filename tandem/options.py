@@ -1,0 +1,359 @@
+"""Reads settings from flags, environment and a YAML file, in that order of precedence, over the defaults.
+
+    flag --max-model-len 32K  >  TANDEM_MAX_MODEL_LEN=32K  >  max_model_len: 32K  >  the field's default
+
+Knows ``proto.settings`` and where values come from; starts nothing. Imports only the standard library until a YAML
+file is read or printed, so that ``--help`` is instant.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NoReturn, TypeVar, cast
+
+from proto.errors import SettingsError
+from proto.settings import CacheSettings, EngineSettings, ModelSettings, SchedulerSettings
+from tandem.folklore import BY_NAME, FOLKLORE, hint_for
+from tandem.option import ENV_PREFIX, SECTIONS, BadValue, Option, Value, all_options, options_of
+
+T = TypeVar("T")
+
+MASK = "***"
+OTHER_ENV = frozenset({"TANDEM_CONFIG", "TANDEM_CACHE", "TANDEM_DEMO_ONCE"})
+"""Environment names of ours that are not settings."""
+
+
+@dataclass(frozen=True, slots=True)
+class Scope:
+    """The settings one command takes: whole components, less the options named in ``without`` (section.name)."""
+
+    sections: tuple[str, ...]
+    without: frozenset[str] = frozenset()
+    takes_model: bool = False
+    """Whether the command takes the model as its first argument."""
+
+    def options(self) -> tuple[Option, ...]:
+        found = (option for section in self.sections for option in options_of(section))
+        return tuple(option for option in found if option.key not in self.without)
+
+
+_OWN_ADDRESS = frozenset(f"worker.{name}" for name in ("host", "port", "advertise", "http_port", "worker_id"))
+_ENGINE = ("model", "cache", "scheduler")
+
+SERVE = Scope(("local", *_ENGINE, "ledger", "worker", "router", "log"), _OWN_ADDRESS, takes_model=True)
+WORKER = Scope((*_ENGINE, "ledger", "worker", "log"), takes_model=True)
+ROUTER = Scope(("router", "ledger", "model", "log"))
+OFFLINE = Scope(_ENGINE)
+
+
+@dataclass(frozen=True, slots=True)
+class Resolved:
+    """Every setting of a scope with its final value. ``given`` holds the keys that are not defaults by omission."""
+
+    scope: Scope
+    values: Mapping[str, Value]
+    given: frozenset[str]
+    warnings: tuple[str, ...] = ()
+
+    def get(self, settings: type[T]) -> T:
+        """One component's settings; fields outside the scope have their defaults."""
+        section = next(name for name, kind in SECTIONS.items() if kind is settings)
+        prefix = f"{section}."
+        fields = {key.removeprefix(prefix): v for key, v in self.values.items() if key.startswith(prefix)}
+        return settings(**fields)
+
+    def engine(self) -> EngineSettings:
+        return EngineSettings(
+            model=self.get(ModelSettings), cache=self.get(CacheSettings), scheduler=self.get(SchedulerSettings)
+        )
+
+    def to_yaml(self) -> str:
+        """Nested YAML that ``--config`` takes back; secrets are masked."""
+        import yaml
+
+        tree: dict[str, dict[str, object]] = {}
+        for option in self.scope.options():
+            value = self.values[option.key]
+            shown: object = list(value) if isinstance(value, tuple) else value
+            tree.setdefault(option.section, {})[option.name] = MASK if option.is_secret and value else shown
+        return yaml.safe_dump(tree, sort_keys=False, default_flow_style=False, allow_unicode=True)
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose errors are ours, and which never guesses from a prefix."""
+
+    def __init__(self, prog: str, description: str, epilog: str = "") -> None:
+        super().__init__(prog, description=description, epilog=epilog or None, allow_abbrev=False)
+        self._booleans: set[str] = set()
+
+    def add_boolean(self, group: argparse._ArgumentGroup, flag: str, dest: str, text: str) -> None:
+        """``--x`` and ``--no-x``; ``--x=false`` and ``--x true`` are understood too."""
+        self._booleans.add(flag)
+        group.add_argument(flag, dest=dest, default=argparse.SUPPRESS, action="store_const", const="true", help=text)
+        group.add_argument(
+            "--no-" + flag[2:],
+            dest=dest,
+            default=argparse.SUPPRESS,
+            action="store_const",
+            const="false",
+            help=argparse.SUPPRESS,
+        )
+
+    def error(self, message: str) -> NoReturn:
+        raise SettingsError(f"{message[:1].upper()}{message[1:]}")
+
+    def read(self, argv: Sequence[str]) -> argparse.Namespace:
+        """Parses all of ``argv``. Raises SettingsError that names the nearest flag."""
+        found, unknown = self.parse_known_args(self._spelled_out([_with_hyphens(arg) for arg in argv]))
+        if unknown:
+            self._refuse(unknown[0])
+        return found
+
+    def _spelled_out(self, argv: Sequence[str]) -> list[str]:
+        """A boolean's written value becomes the flag or its ``--no-`` form; another word after it stays an argument."""
+        made: list[str] = []
+        for arg in argv:
+            name, equals, value = arg.partition("=")
+            if not equals and made and made[-1] in self._booleans and arg.lower() in ("true", "false"):
+                name, value, equals = made.pop(), arg, "="
+            if name in self._booleans and equals:
+                if value.lower() not in ("true", "false"):
+                    raise SettingsError(f"{name}: expects true or false, got {value!r}.")
+                made.append(name if value.lower() == "true" else "--no-" + name[2:])
+            else:
+                made.append(arg)
+        return made
+
+    def _refuse(self, arg: str) -> NoReturn:
+        if not arg.startswith("-"):
+            raise SettingsError(
+                f"Unexpected argument {arg!r}. Lists are written with commas, or by repeating the flag."
+            )
+        name = arg.split("=")[0]
+        raise SettingsError(f"Unknown flag {name}.{_nearest(name, self._option_string_actions)}")
+
+
+def build_parser(scope: Scope, prog: str, description: str) -> Parser:
+    """A parser whose namespace holds only what was given: texts under ``section.name``, folklore under its name."""
+    epilog = (
+        "Every flag is also an environment variable (--max-model-len: TANDEM_MAX_MODEL_LEN) and a key of the YAML file "
+        "given with --config. A flag wins over the environment, and that over the file. Lists take commas or "
+        "repetition; numbers take suffixes (32K, 4GiB)."
+    )
+    parser = Parser(prog, description, epilog)
+    if scope.takes_model:
+        parser.add_argument("positional_model", nargs="?", metavar="MODEL", help="the same as --model")
+    parser.add_argument("--config", metavar="FILE", help="YAML file with settings, flat or nested by component")
+    parser.add_argument("--print-config", action="store_true", help="print every setting's final value and exit")
+    for section in scope.sections:
+        doc = (SECTIONS[section].__doc__ or section).strip().splitlines()[0]
+        group = parser.add_argument_group(section, doc)
+        for option in scope.options():
+            if option.section == section:
+                _add(parser, group, option)
+    for entry in FOLKLORE:
+        flags = [entry.flag] if entry.short is None else [entry.flag, entry.short]
+        dest, hidden = f"folklore.{entry.name}", argparse.SUPPRESS
+        if entry.takes_value:
+            parser.add_argument(*flags, dest=dest, default=hidden, help=hidden)
+        else:
+            parser.add_argument(*flags, dest=dest, default=hidden, help=hidden, action="store_const", const="true")
+    return parser
+
+
+def resolve(
+    scope: Scope, given: argparse.Namespace, environ: Mapping[str, str], *, config: str | None = None
+) -> Resolved:
+    """Merges the parsed flags with the environment and the YAML file.
+
+    Raises SettingsError that names where the value came from.
+    """
+    warnings = list(_folklore_warnings(_folklore_flags(given)))
+    values: dict[str, Value] = {option.key: option.default for option in scope.options()}
+    found: dict[str, Value] = {}
+    path = getattr(given, "config", None) or config or environ.get("TANDEM_CONFIG")
+    if path:
+        found |= _from_file(scope, Path(path), warnings)
+    found |= _from_environ(scope, environ, warnings)
+    found |= _from_flags(scope, given)
+    return Resolved(scope, values | found, frozenset(found), tuple(warnings))
+
+
+def from_keywords(scope: Scope, keywords: Mapping[str, object]) -> Resolved:
+    """Settings from keyword arguments (``LLM``). Raises SettingsError naming the nearest known one."""
+    warnings = list(_folklore_warnings((name, v) for name, v in keywords.items() if name in BY_NAME and v is not False))
+    by_name = {option.name: option for option in scope.options()}
+    values: dict[str, Value] = {option.key: option.default for option in scope.options()}
+    found: dict[str, Value] = {}
+    for name, value in keywords.items():
+        if name in BY_NAME:
+            continue
+        if name not in by_name:
+            raise SettingsError(f"Unknown setting {name!r}.{_nearest(name, by_name)}", param=name)
+        found[by_name[name].key] = _checked(by_name[name], value, name)
+    return Resolved(scope, values | found, frozenset(found), tuple(warnings))
+
+
+def settings_environ(settings: Iterable[object]) -> dict[str, str]:
+    """Settings as environment variables of a child process: those that differ from their defaults."""
+    environ: dict[str, str] = {}
+    for item in settings:
+        section = next(name for name, kind in SECTIONS.items() if kind is type(item))
+        for option in options_of(section):
+            value = cast(Value, getattr(item, option.name))
+            if value != option.default:
+                environ[option.env[0]] = option.write(value)
+    return environ
+
+
+def without_settings(environ: Mapping[str, str]) -> dict[str, str]:
+    """``environ`` without any variable that names a setting or the config file."""
+    names = {name for option in all_options() for name in option.env} | {"TANDEM_CONFIG"}
+    return {name: value for name, value in environ.items() if name not in names}
+
+
+def _with_hyphens(arg: str) -> str:
+    if not arg.startswith("--"):
+        return arg
+    name, equals, value = arg.partition("=")
+    return name.replace("_", "-") + equals + value
+
+
+def _add(parser: Parser, group: argparse._ArgumentGroup, option: Option) -> None:
+    default = "" if option.default in (None, (), "") or "default:" in option.help else f" (default: {option.default})"
+    text = (option.help + default).replace("%", "%%")
+    absent = argparse.SUPPRESS
+    if option.base is bool:
+        parser.add_boolean(group, option.flag, option.key, text)
+        return
+    metavar = option.metavar or (
+        "{" + ",".join(option.choices) + "}" if option.choices else option.base.__name__.upper()
+    )
+    action = "append" if option.base is tuple else "store"
+    group.add_argument(option.flag, dest=option.key, default=absent, action=action, metavar=metavar, help=text)
+
+
+def _from_flags(scope: Scope, given: argparse.Namespace) -> dict[str, Value]:
+    texts = vars(given)
+    found: dict[str, Value] = {}
+    for option in scope.options():
+        if option.key not in texts:
+            continue
+        if option.base is tuple:
+            parts = [_read(option, text, option.flag) for text in texts[option.key]]
+            found[option.key] = tuple(item for part in parts for item in cast(tuple[str, ...], part))
+        else:
+            found[option.key] = _read(option, texts[option.key], option.flag)
+    model = texts.get("positional_model")
+    if model is not None:
+        if found.get("model.model", model) != model:
+            raise SettingsError(f"Two models: {model!r} as the argument, and --model {found['model.model']!r}.")
+        found["model.model"] = model
+    return found
+
+
+def _from_environ(scope: Scope, environ: Mapping[str, str], warnings: list[str]) -> dict[str, Value]:
+    found: dict[str, Value] = {}
+    for option in scope.options():
+        name = next((name for name in option.env if environ.get(name)), None)
+        if name is None:
+            continue
+        text = environ[name]
+        if option.base is int and text.startswith(("tcp://", "udp://")):
+            warnings.append(f"{name}={text} was set by Kubernetes for a service of that name; it is ignored")
+            continue
+        found[option.key] = _read(option, text, name)
+    known = {name for option in all_options() for name in option.env} | OTHER_ENV
+    for name in sorted(environ.keys() - known):
+        near = _nearest(name, known, cutoff=0.85) if name.startswith(ENV_PREFIX) else ""
+        if near:
+            warnings.append(f"{name} is not a setting and is ignored.{near}")
+    return found
+
+
+def _from_file(scope: Scope, path: Path, warnings: list[str]) -> dict[str, Value]:
+    """One file may serve a whole deployment: settings of components that are not in ``scope`` are left to them."""
+    import yaml
+
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise SettingsError(f"Cannot read --config {path}: {error.strerror}.") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise SettingsError(f"{path} is not YAML: {error}") from None
+    if tree is None:
+        return {}
+    if not isinstance(tree, dict):
+        raise SettingsError(f"{path} must hold a mapping of settings, not a {type(tree).__name__}.")
+    found: dict[str, Value] = {}
+    nested: dict[str, Value] = {}
+    flat = (*all_options(), *scope.options())  # of two options of one name, the command's own is meant
+    for key, value in tree.items():
+        name = str(key).replace("-", "_")
+        if name in SECTIONS and isinstance(value, dict):
+            inner = {str(k).replace("-", "_"): v for k, v in value.items()}
+            nested |= _from_mapping(scope, inner, options_of(name), f"{path}: {name}.", warnings)
+        else:
+            found |= _from_mapping(scope, {name: value}, flat, f"{path}: ", warnings)
+    return found | nested
+
+
+def _from_mapping(
+    scope: Scope, mapping: Mapping[str, object], options: Iterable[Option], where: str, warnings: list[str]
+) -> dict[str, Value]:
+    by_name = {option.name: option for option in options}
+    wanted = {option.key for option in scope.options()}
+    found: dict[str, Value] = {}
+    for name, value in mapping.items():
+        if name in BY_NAME:
+            warnings.extend(_folklore_warnings([(name, value)]))
+            continue
+        if name not in by_name:
+            raise SettingsError(f"{where}{name} is not a setting.{_nearest(name, by_name)}", param=name)
+        option = by_name[name]
+        if option.is_secret and value in (MASK, [MASK]):
+            raise SettingsError(f"{where}{name} was masked when it was printed; give the secret by environment.")
+        checked = _checked(option, value, where + name)
+        if option.key in wanted:
+            found[option.key] = checked
+    return found
+
+
+def _folklore_flags(given: argparse.Namespace) -> list[tuple[str, object]]:
+    return [(k.removeprefix("folklore."), v) for k, v in vars(given).items() if k.startswith("folklore.")]
+
+
+def _folklore_warnings(entries: Iterable[tuple[str, object]]) -> Iterable[str]:
+    for name, value in entries:
+        warning = BY_NAME[name].judge(value)
+        if warning is not None:
+            yield warning
+
+
+def _read(option: Option, text: str, where: str) -> Value:
+    try:
+        return option.read(text)
+    except BadValue as error:
+        raise _bad(option, text, where, error) from None
+
+
+def _checked(option: Option, value: object, where: str) -> Value:
+    try:
+        return option.check(value)
+    except BadValue as error:
+        raise _bad(option, value, where, error) from None
+
+
+def _bad(option: Option, value: object, where: str, error: BadValue) -> SettingsError:
+    if option.is_secret:
+        return SettingsError(f"{where}: not a value this setting takes.", param=option.name)
+    return SettingsError(f"{where}: {error}{hint_for(option.name, value)}.", param=option.name)
+
+
+def _nearest(name: str, known: Iterable[str], cutoff: float = 0.6) -> str:
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=cutoff)
+    return f" Did you mean {close[0]}?" if close else ""
