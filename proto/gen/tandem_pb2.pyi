@@ -267,12 +267,14 @@ class Attach(_message.Message):
     def __init__(self, request: _Optional[_Union[Request, _Mapping]] = ..., generation: _Optional[int] = ..., local: bool = ..., lease_s: _Optional[float] = ..., positions: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class Abort(_message.Message):
-    __slots__ = ("request", "generation")
+    __slots__ = ("request", "generation", "choices")
     REQUEST_FIELD_NUMBER: _ClassVar[int]
     GENERATION_FIELD_NUMBER: _ClassVar[int]
+    CHOICES_FIELD_NUMBER: _ClassVar[int]
     request: str
     generation: int
-    def __init__(self, request: _Optional[str] = ..., generation: _Optional[int] = ...) -> None: ...
+    choices: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, request: _Optional[str] = ..., generation: _Optional[int] = ..., choices: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class Renew(_message.Message):
     __slots__ = ("requests", "lease_s")

@@ -67,9 +67,10 @@ def _fill_from_router(envelope: pb.FromRouter, message: FromRouter) -> None:
             envelope.attach.local = local
             envelope.attach.lease_s = lease_s
             envelope.attach.positions.extend(positions)
-        case Abort(request_id, generation):
+        case Abort(request_id, generation, choices):
             envelope.abort.request = request_id
             envelope.abort.generation = generation
+            envelope.abort.choices.extend(choices)
         case Renew(requests, lease_s):
             envelope.renew.requests.extend(requests)
             envelope.renew.lease_s = lease_s
@@ -87,8 +88,7 @@ def decode_from_router(data: bytes) -> FromRouter:
         case "attach":
             return _read_attach(envelope.attach)
         case "abort":
-            given(envelope.abort, "request", "generation")
-            return Abort(RequestId(envelope.abort.request), Generation(envelope.abort.generation))
+            return _read_abort(envelope.abort)
         case "renew":
             return Renew(_request_ids(envelope.renew.requests), seconds("lease_s", envelope.renew.lease_s))
         case _:
@@ -115,6 +115,11 @@ def _read_redirect(redirect: pb.Redirect) -> Redirect:
     has(redirect, "decode")
     given(redirect, "request", "generation")
     return Redirect(RequestId(redirect.request), Generation(redirect.generation), _read_peer(redirect.decode))
+
+
+def _read_abort(abort: pb.Abort) -> Abort:
+    given(abort, "request", "generation")
+    return Abort(RequestId(abort.request), Generation(abort.generation), tuple(abort.choices))
 
 
 def _read_attach(attach: pb.Attach) -> Attach:
