@@ -1,0 +1,22 @@
+"""gRPC as the tiers use it: channels and servers with one set of options, and the stream between router and worker.
+
+Knows connections, deadlines and bytes; what the messages mean is the tiers' business.
+"""
+
+from service.rpc.client import WorkerClient, WorkerStream
+from service.rpc.connection import TlsFiles, channel, join_address, serve, split_address
+from service.rpc.duplex import StreamClosed
+from service.rpc.worker import RouterStream, worker_handler
+
+__all__ = [
+    "RouterStream",
+    "StreamClosed",
+    "TlsFiles",
+    "WorkerClient",
+    "WorkerStream",
+    "channel",
+    "join_address",
+    "serve",
+    "split_address",
+    "worker_handler",
+]

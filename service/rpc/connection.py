@@ -1,0 +1,122 @@
+"""Channels and servers: message size, keepalive, reconnection and TLS, the same for every tier.
+
+Knows nothing of the services that run over them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import grpc
+import grpc.aio
+
+from proto.errors import SetupError
+from proto.wire import MAX_MESSAGE_BYTES
+
+_SLACK_BYTES = 1 << 20
+"""Our own limit answers first, with a better message than gRPC's."""
+
+_COMMON: tuple[tuple[str, int], ...] = (
+    ("grpc.max_send_message_length", MAX_MESSAGE_BYTES + _SLACK_BYTES),
+    ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES + _SLACK_BYTES),
+    # A peer whose machine is gone sends no FIN: ping after 5 s of silence, give up after 5 s more.
+    ("grpc.keepalive_time_ms", 5_000),
+    ("grpc.keepalive_timeout_ms", 5_000),
+    ("grpc.keepalive_permit_without_calls", 1),
+    ("grpc.http2.max_pings_without_data", 0),
+)
+_CHANNEL: tuple[tuple[str, int], ...] = (
+    *_COMMON,
+    ("grpc.enable_http_proxy", 0),
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.min_reconnect_backoff_ms", 1_000),  # also what one connection attempt may take
+    ("grpc.max_reconnect_backoff_ms", 2_000),
+)
+_SERVER: tuple[tuple[str, int], ...] = (
+    *_COMMON,
+    ("grpc.so_reuseport", 0),  # a port that is taken is an error, not a coin toss between two servers
+    ("grpc.http2.min_recv_ping_interval_without_data_ms", 1_000),
+    ("grpc.http2.max_ping_strikes", 0),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class TlsFiles:
+    """PEM files. ``authority`` signs the other side's certificate: a server that has it demands one of its clients.
+
+    ``name``: the name in the server's certificate, where clients reach it by another one (an IP address, say).
+    """
+
+    certificate: Path | None = None
+    key: Path | None = None
+    authority: Path | None = None
+    name: str | None = None
+
+    def server_credentials(self) -> grpc.ServerCredentials:
+        """Raises SetupError when a file is missing."""
+        if self.certificate is None or self.key is None:
+            raise SetupError("a TLS server needs a certificate and its key")
+        return grpc.ssl_server_credentials(
+            [(_read(self.key), _read(self.certificate))],
+            root_certificates=_read(self.authority) if self.authority else None,
+            require_client_auth=self.authority is not None,
+        )
+
+    def channel_credentials(self) -> grpc.ChannelCredentials:
+        """Raises SetupError when a file is missing."""
+        return grpc.ssl_channel_credentials(
+            root_certificates=_read(self.authority) if self.authority else None,
+            private_key=_read(self.key) if self.key else None,
+            certificate_chain=_read(self.certificate) if self.certificate else None,
+        )
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise SetupError(f"cannot read the TLS file {path}: {error.strerror}") from error
+
+
+def channel(address: str, tls: TlsFiles | None = None) -> grpc.aio.Channel:
+    """A channel to ``address`` (host:port). It connects when first used, and again after a loss.
+
+    Channels to one address share one connection, so one may be made per use; each is closed by whoever made it.
+    """
+    if tls is None:
+        return grpc.aio.insecure_channel(address, options=_CHANNEL)
+    named = (("grpc.ssl_target_name_override", tls.name),) if tls.name else ()
+    return grpc.aio.secure_channel(address, tls.channel_credentials(), options=(*_CHANNEL, *named))
+
+
+async def serve(
+    host: str, port: int, handlers: Sequence[grpc.GenericRpcHandler], tls: TlsFiles | None = None
+) -> tuple[grpc.aio.Server, int]:
+    """A started server and its port (``port`` 0: any free one). Raises SetupError when it cannot listen."""
+    server = grpc.aio.server(options=_SERVER)
+    server.add_generic_rpc_handlers(tuple(handlers))
+    address = join_address(host, port)
+    try:
+        if tls is None:
+            bound = server.add_insecure_port(address)
+        else:
+            bound = server.add_secure_port(address, tls.server_credentials())
+    except RuntimeError as error:
+        raise SetupError(f"cannot listen on {address}: is the port taken?") from error
+    await server.start()
+    return server, bound
+
+
+def join_address(host: str, port: int) -> str:
+    """host:port, with brackets around an IPv6 address."""
+    return f"[{host}]:{port}" if ":" in host and not host.startswith("[") else f"{host}:{port}"
+
+
+def split_address(address: str) -> tuple[str, int]:
+    """The host (without brackets) and port of host:port. Raises ValueError."""
+    host, colon, port = address.rpartition(":")
+    if not colon or not host or not port.isdecimal():
+        raise ValueError(f"{address!r} is not host:port")
+    return host.removeprefix("[").removesuffix("]"), int(port)
