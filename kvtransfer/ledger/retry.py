@@ -1,0 +1,61 @@
+"""How a background task of the ledger lives with a Redis that comes and goes. Knows no keys and no records."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+from collections.abc import Awaitable, Callable
+from typing import NoReturn
+
+from kvtransfer.ledger.records import LedgerAway
+
+log = logging.getLogger(__name__)
+
+_FIRST_PAUSE_S = 0.05
+_LONGEST_PAUSE_S = 1.0
+
+
+class Backoff:
+    """Pauses that grow from 50 ms to a second, each shortened by chance so that a fleet does not come back at once."""
+
+    def __init__(self) -> None:
+        self._next_s = _FIRST_PAUSE_S
+
+    def reset(self) -> None:
+        self._next_s = _FIRST_PAUSE_S
+
+    async def pause(self) -> None:
+        pause_s = self._next_s * random.uniform(0.5, 1.0)
+        self._next_s = min(2 * self._next_s, _LONGEST_PAUSE_S)
+        await asyncio.sleep(pause_s)
+
+
+async def keep_doing(
+    what: str, step: Callable[[], Awaitable[None]], on_trouble: Callable[[], None] = lambda: None
+) -> NoReturn:
+    """Runs ``step`` over and over until cancelled. ``step`` waits for its own work, and starts over after a failure.
+
+    An absence of Redis is logged once, at its start and at its end. Any other failure is a bug, ours or a callback's:
+    it is logged and survived, because a worker without a ledger still serves.
+    """
+    backoff = Backoff()
+    is_away = False
+    while True:
+        try:
+            await step()
+        except LedgerAway as error:
+            if not is_away:
+                log.warning("%s: the ledger is away, going on without it: %s", what, error)
+            is_away = True
+            on_trouble()
+            await backoff.pause()
+        except Exception:
+            log.exception("%s failed; trying again", what)
+            on_trouble()
+            await backoff.pause()
+        else:
+            if is_away:
+                log.info("%s: the ledger is back", what)
+            is_away = False
+            backoff.reset()
