@@ -1,0 +1,142 @@
+"""What a worker knows: its engine's steps, memory and cache, and the hand-offs it takes part in."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from prometheus_client import Counter, Gauge, Histogram
+
+from proto.control import Load, Role
+from proto.handoff import RefuseReason
+from proto.lifecycle import Stage
+from service.metrics.registry import STAGE, STEP_TOKENS, MetricsPage
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineTotals:
+    """Counts since the engine's start. They only grow."""
+
+    num_preemptions: int = 0
+    cache_query_tokens: int = 0
+    cache_hit_tokens: int = 0
+    prompt_tokens: int = 0
+    generated_tokens: int = 0
+
+
+class WorkerMetrics(MetricsPage):
+    def __init__(self, model_name: str, role: Role) -> None:
+        super().__init__()
+        registry = self.registry
+        model = {"model_name": model_name}
+        self._role = role.value
+        self._totals = EngineTotals()
+
+        def gauge(name: str, text: str) -> Gauge:
+            return Gauge(f"vllm:{name}", text, tuple(model), registry=registry).labels(**model)
+
+        def counter(name: str, text: str) -> Counter:
+            return Counter(f"vllm:{name}", text, tuple(model), registry=registry).labels(**model)
+
+        self._running = gauge("num_requests_running", "Requests in the engine's steps.")
+        self._waiting = gauge("num_requests_waiting", "Requests waiting to be computed.")
+        self._kv_usage = gauge("kv_cache_usage_perc", "Share of the KV blocks in use, from 0 to 1.")
+        self._preemptions = counter("num_preemptions", "Sequences that lost their blocks and were computed again.")
+        self._queries = counter("prefix_cache_queries", "Prompt tokens looked up in the prefix cache.")
+        self._hits = counter("prefix_cache_hits", "Prompt tokens found in the prefix cache.")
+        self._prompt_tokens = counter("prompt_tokens", "Prompt tokens computed.")
+        self._generation_tokens = counter("generation_tokens", "Tokens generated.")
+        self._step_tokens = Histogram(
+            "vllm:iteration_tokens_total", "Tokens per step.", tuple(model), buckets=STEP_TOKENS, registry=registry
+        ).labels(**model)
+        self._model = model
+        self._cache_config: Gauge | None = None
+
+        self._step_seconds = Histogram(
+            "tandem_step_seconds", "Seconds per engine step.", buckets=STAGE, registry=registry
+        )
+        self._waiting_tokens = Gauge("tandem_waiting_tokens", "Prompt tokens not yet computed.", registry=registry)
+        self._held = Gauge(
+            "tandem_held_requests", "Prompts that wait, computed, for a decode worker.", registry=registry
+        )
+        self._transfer_bytes = Counter(
+            "tandem_kv_transfer_bytes", "KV bytes sent or received.", ("transport", "role"), registry=registry
+        )
+        self._transfer_seconds = Histogram(
+            "tandem_kv_transfer_seconds",
+            "Seconds from the grant to the last block.",
+            ("transport", "role"),
+            buckets=STAGE,
+            registry=registry,
+        )
+        self._refused = Counter(
+            "tandem_handoffs_refused", "Hand-offs that the decode side refused.", ("reason", "role"), registry=registry
+        )
+        self._messages = Counter(
+            "tandem_refused_messages", "Messages refused, by reason.", ("reason",), registry=registry
+        )
+        self._nacks = Counter("tandem_damaged_blocks", "Blocks whose checksum did not match.", registry=registry)
+        self._leases = Counter("tandem_leases_expired", "Leases that ended without news.", registry=registry)
+        self._stages = Histogram(
+            "tandem_stage_seconds", "Seconds spent in a stage.", ("stage",), buckets=STAGE, registry=registry
+        )
+
+    def set_cache_config(
+        self, *, block_size: int, num_blocks: int, max_concurrency: float, prefix_caching: bool
+    ) -> None:
+        """The KV memory's shape, as labels of a constant 1. Once."""
+        labels = {
+            **self._model,
+            "block_size": str(block_size),
+            "num_gpu_blocks": str(num_blocks),
+            "enable_prefix_caching": str(prefix_caching),
+            "kv_cache_size_tokens": str(block_size * num_blocks),
+            "kv_cache_max_concurrency": f"{max_concurrency:.2f}",
+        }
+        assert self._cache_config is None, "the KV memory does not change"
+        self._cache_config = Gauge(
+            "vllm:cache_config_info", "The KV memory's shape.", tuple(labels), registry=self.registry
+        )
+        self._cache_config.labels(**labels).set(1)
+
+    def set_load(self, load: Load) -> None:
+        self._running.set(load.num_running)
+        self._waiting.set(load.num_waiting)
+        self._waiting_tokens.set(load.num_waiting_tokens)
+        self._kv_usage.set(1.0 - load.num_free_blocks / load.num_blocks if load.num_blocks else 0.0)
+
+    def set_held(self, num_requests: int) -> None:
+        self._held.set(num_requests)
+
+    def stepped(self, num_tokens: int, seconds: float) -> None:
+        self._step_tokens.observe(num_tokens)
+        self._step_seconds.observe(seconds)
+
+    def set_totals(self, totals: EngineTotals) -> None:
+        """Advances the counters to ``totals``."""
+        last, self._totals = self._totals, totals
+        self._preemptions.inc(totals.num_preemptions - last.num_preemptions)
+        self._queries.inc(totals.cache_query_tokens - last.cache_query_tokens)
+        self._hits.inc(totals.cache_hit_tokens - last.cache_hit_tokens)
+        self._prompt_tokens.inc(totals.prompt_tokens - last.prompt_tokens)
+        self._generation_tokens.inc(totals.generated_tokens - last.generated_tokens)
+
+    def transferred(self, transport: str, num_bytes: int, seconds: float) -> None:
+        """One hand-off is complete."""
+        self._transfer_bytes.labels(transport, self._role).inc(num_bytes)
+        self._transfer_seconds.labels(transport, self._role).observe(seconds)
+
+    def handoff_refused(self, reason: RefuseReason) -> None:
+        self._refused.labels(reason.value, self._role).inc()
+
+    def refused_message(self, reason: str) -> None:
+        """A peer's message was not applied: stale, foreign, malformed."""
+        self._messages.labels(reason).inc()
+
+    def damaged_block(self) -> None:
+        self._nacks.inc()
+
+    def lease_expired(self) -> None:
+        self._leases.inc()
+
+    def stage_left(self, stage: Stage, seconds: float) -> None:
+        self._stages.labels(stage.value).observe(seconds)
