@@ -1,0 +1,280 @@
+"""Every request in the router: admitted, placed, fed by its workers' messages, and ended.
+
+A message names a request, so it goes to that life and to no other; a slow client holds up nobody. Leases of what lives
+hold on workers are renewed from one timer. Knows the lives and the fleet's view; ``life`` knows what a message means.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import Counter, defaultdict
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from proto.control import Failed, FromRouter, FromWorker, Progress, Rejected, Renew, Tokens
+from proto.errors import Unavailable
+from proto.hashing import BlockHasher
+from proto.ids import BlockHash, Epoch, RequestId, WorkerId
+from proto.request import Request, TokenOut
+from router.admission import Admission
+from router.attempt import Cancellable, Rules, Timers
+from router.contract import NewRequest, StageTimes
+from router.life import Life
+from router.policy import Ask, Candidate, Decision, View, Way, Weights, choose
+from router.prefix_index import PrefixIndex
+from router.recovery import Remedy
+from router.stages import StageChange
+
+log = logging.getLogger(__name__)
+
+
+class Fleet(Protocol):
+    """The workers as the flow needs them (``registry``)."""
+
+    def view(self) -> View: ...
+
+    def hasher(self) -> BlockHasher:
+        """Names the deployment's blocks. Raises NoWorker while no worker was ever seen."""
+
+    def send(self, epoch: Epoch, message: FromRouter) -> None:
+        """Never blocks; dropped when the worker is gone."""
+
+    def mark_full(self, epoch: Epoch, seconds: float) -> None: ...
+
+    def mark_draining(self, epoch: Epoch) -> None: ...
+
+
+@dataclass(slots=True)
+class FlowCounts:
+    """Totals since start: late or foreign messages, repeated tokens, and what recovery did."""
+
+    num_stale: int = 0
+    num_duplicates: int = 0
+    num_conflicts: int = 0
+    remedies: Counter[Remedy] = field(default_factory=Counter)
+
+
+class RequestStream:
+    """A life as its client reads it; see ``contract.RequestStreamLike``."""
+
+    def __init__(self, life: Life) -> None:
+        self._life = life
+
+    @property
+    def id(self) -> RequestId:
+        return self._life.id
+
+    @property
+    def timings(self) -> StageTimes:
+        return self._life.times
+
+    @property
+    def num_cached(self) -> int:
+        return self._life.num_cached
+
+    @property
+    def num_bytes_moved(self) -> int:
+        return self._life.num_bytes_moved
+
+    @property
+    def prefill_worker(self) -> WorkerId | None:
+        return self._life.prefill_worker
+
+    @property
+    def decode_worker(self) -> WorkerId | None:
+        return self._life.decode_worker
+
+    def __aiter__(self) -> AsyncIterator[list[TokenOut]]:
+        return self
+
+    async def __anext__(self) -> list[TokenOut]:
+        return await self._life.buffer.take()
+
+    def stop_choice(self, choice: int) -> None:
+        self._life.stop_choice(choice)
+
+    async def aclose(self) -> None:
+        self._life.close()
+
+
+class Flow:
+    """``start`` requests once ``open``; feed it ``message_came``, ``worker_up`` and ``worker_down``. One event loop.
+
+    ``on_stage`` hears of every stage of every request, in order.
+    """
+
+    def __init__(
+        self,
+        fleet: Fleet,
+        index: PrefixIndex,
+        admission: Admission,
+        rules: Rules,
+        weights: Weights,
+        on_stage: Callable[[StageChange], None],
+        timers: Timers | None = None,
+    ) -> None:
+        self._fleet = fleet
+        self._index = index
+        self._admission = admission
+        self._rules = rules
+        self._weights = weights
+        self._on_stage = on_stage
+        self._given_timers = timers
+        self._lives: dict[RequestId, Life] = {}
+        self._hashes: dict[RequestId, Sequence[BlockHash]] = {}
+        self._turn = 0
+        self._renewal: Cancellable | None = None
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self.counts = FlowCounts()
+
+    @property
+    def num_inflight(self) -> int:
+        return len(self._lives)
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests that lost their worker and have found no other yet."""
+        return sum(life.is_waiting for life in self._lives.values())
+
+    async def start(self, new: NewRequest) -> RequestStream:
+        """Admits and places a request. Raises Overloaded, NoWorker or Unavailable, and then nothing is left of it."""
+        request = self._admission.admit(new)
+        life = Life(request, new.label, self._rules, self, self._timers)
+        try:
+            self._hashes[request.id] = self._fleet.hasher().full_blocks(request.prompt, request.cache_salt)
+            self._lives[request.id] = life
+            life.begin()
+        except BaseException:
+            self._forget(request.id)
+            raise
+        self._idle.clear()
+        if self._renewal is None:
+            self._renewal = self._timers.call_later(self._rules.lease_s / 3, self._renew)
+        return RequestStream(life)
+
+    # From the fleet.
+
+    def message_came(self, epoch: Epoch, message: FromWorker) -> None:
+        match message:
+            case Tokens():
+                self._tokens_came(epoch, message)
+            case Progress():
+                if life := self._life(message.request):
+                    life.progress_came(epoch, message)
+            case Rejected():
+                if life := self._life(message.request):
+                    life.rejected(epoch, message)
+            case Failed():
+                if life := self._life(message.request):
+                    life.failed(epoch, message)
+            case _:
+                log.error("%s sent %s, which is not for a request", epoch, type(message).__name__)
+
+    def worker_up(self, epoch: Epoch) -> None:
+        """Requests that wait for a worker try again."""
+        for life in list(self._lives.values()):
+            life.wake()
+
+    def worker_down(self, epoch: Epoch) -> None:
+        for life in list(self._lives.values()):
+            life.worker_lost(epoch)
+
+    # The end.
+
+    async def drain(self, timeout_s: float) -> None:
+        """Admits nothing new, and waits until the requests inside have ended, or fails those that have not in time."""
+        self._admission.close()
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self._idle.wait()
+        except TimeoutError:
+            log.warning("%d requests did not end within %g s", self.num_inflight, timeout_s)
+        self.close()
+
+    def close(self) -> None:
+        """Fails every request that is left. Idempotent."""
+        self._admission.close()
+        for life in list(self._lives.values()):
+            life.fail(Unavailable("the router is shutting down", stage=life.stage.value))
+        if self._renewal is not None:
+            self._renewal.cancel()
+            self._renewal = None
+
+    # For the lives (``attempt.Dispatcher``).
+
+    def place(self, request: Request, way: Way, avoid: frozenset[Epoch], numerics: str) -> Decision:
+        self._turn += 1
+        ask = Ask(
+            num_tokens=len(request.prompt),
+            num_choices=request.params.n,
+            matches=self._index.match(self._hashes[request.id]),
+            way=way,
+            turn=self._turn,
+            avoid=avoid,
+            numerics=numerics,
+        )
+        return choose(self._fleet.view(), ask, self._weights)
+
+    def send(self, worker: Candidate, message: FromRouter) -> None:
+        self._fleet.send(worker.epoch, message)
+
+    def mark_full(self, epoch: Epoch, seconds: float) -> None:
+        self._fleet.mark_full(epoch, seconds)
+
+    def mark_draining(self, epoch: Epoch) -> None:
+        self._fleet.mark_draining(epoch)
+
+    def stage_changed(self, change: StageChange) -> None:
+        self._on_stage(change)
+
+    def recovering(self, request: RequestId, remedy: Remedy) -> None:
+        self.counts.remedies[remedy] += 1
+
+    def ended(self, request: RequestId) -> None:
+        life = self._lives[request]
+        self.counts.num_stale += life.num_stale
+        self.counts.num_duplicates += life.assembly.num_duplicates
+        self.counts.num_conflicts += life.assembly.num_conflicts
+        self._forget(request)
+
+    # Small steps.
+
+    @property
+    def _timers(self) -> Timers:
+        return self._given_timers or asyncio.get_running_loop()
+
+    def _life(self, request: RequestId) -> Life | None:
+        life = self._lives.get(request)
+        self.counts.num_stale += life is None
+        return life
+
+    def _tokens_came(self, epoch: Epoch, message: Tokens) -> None:
+        """One step's tokens, sorted by request: each life hears once."""
+        by_request: dict[RequestId, list[TokenOut]] = defaultdict(list)
+        for out in message.tokens:
+            by_request[out.request].append(out)
+        for request, generation in message.generation_of:
+            if (tokens := by_request.get(request)) and (life := self._life(request)):
+                life.tokens_came(epoch, generation, tokens)
+
+    def _renew(self) -> None:
+        """Every worker keeps what it holds for live requests; what is not named runs out."""
+        self._renewal = None
+        held: dict[Epoch, list[RequestId]] = defaultdict(list)
+        for life in self._lives.values():
+            for worker in life.workers():
+                held[worker.epoch].append(life.id)
+        for epoch, requests in held.items():
+            self._fleet.send(epoch, Renew(tuple(requests), self._rules.lease_s))
+        if self._lives:
+            self._renewal = self._timers.call_later(self._rules.lease_s / 3, self._renew)
+
+    def _forget(self, request: RequestId) -> None:
+        self._lives.pop(request, None)
+        self._hashes.pop(request, None)
+        self._admission.leave(request)
+        if not self._lives:
+            self._idle.set()

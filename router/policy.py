@@ -1,0 +1,194 @@
+"""Which workers serve a request: a pure function of one view of the fleet.
+
+    cost of a prefill worker   seconds until its queue is done + seconds for the prompt's tokens it has not cached
+    cost of a decode worker    seconds to move the blocks it lacks + what its running sequences and missing room cost
+    cost of a local prefill    both on the decode worker, and nothing to move
+
+The costs of the two workers add up, so each is the cheapest of its own role. Among equals the request's turn decides,
+so they share the load. Knows numbers; does no I/O and keeps no state.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from proto.control import Load, Role
+from proto.errors import NoWorker, Overloaded
+from proto.ids import Epoch, WorkerId
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Candidate:
+    """One worker as the policy sees it.
+
+    ``sent_*`` is what this router has sent that ``load`` does not show yet: tokens to compute, tokens that need room,
+    and sequences.
+    """
+
+    worker: WorkerId
+    epoch: Epoch
+    role: Role
+    address: str
+    layout: str
+    numerics: str = ""
+    is_usable: bool = True
+    """Its stream is alive and it is not draining."""
+    full_for_s: float = 0.0
+    """It refused work lately and asked to be left alone for this long; 0: it takes work."""
+    load: Load = field(default_factory=Load)
+    sent_tokens: int = 0
+    sent_room_tokens: int = 0
+    sent_choices: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class View:
+    """The fleet at one moment. ``layout`` is the deployment's: workers of another one are not used."""
+
+    workers: tuple[Candidate, ...]
+    layout: str
+    block_size: int
+
+
+class Way(enum.Enum):
+    PAIR = "pair"
+    """A prefill and a decode worker; or a decode worker alone where that is cheaper or all there is."""
+    LOCAL = "local"
+    """A decode worker that computes everything itself (a resume)."""
+    DECODE = "decode"
+    """A decode worker to receive blocks that are held elsewhere (a redirect)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ask:
+    """What is to be placed. ``matches``: leading prompt blocks each epoch has cached (absent: none)."""
+
+    num_tokens: int
+    num_choices: int = 1
+    matches: Mapping[Epoch, int] = field(default_factory=dict)
+    way: Way = Way.PAIR
+    turn: int = 0
+    avoid: frozenset[Epoch] = frozenset()
+    """Workers this request has failed on."""
+    numerics: str = ""
+    """Preferred above any cost: a resume continues bit for bit on equal numerics. Empty: no matter."""
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """``local``: ``decode`` computes the prompt too, and ``prefill`` is None (so it is for a redirect)."""
+
+    prefill: Candidate | None
+    decode: Candidate
+    local: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Weights:
+    """``disagg_threshold``: fewer uncached tokens than this are prefilled on the decode worker; 0: none are.
+
+    The rest turns counts into seconds where no worker has measured any. Only their proportions matter.
+    """
+
+    disagg_threshold: int = 64
+    tokens_per_s: float = 2000.0
+    transfer_s_per_token: float = 2e-5
+    sequence_s: float = 2e-3
+    """What one more running sequence costs the others."""
+    no_room_s: float = 1.0
+    """What it costs to arrive where no block of the prompt has room."""
+
+
+def choose(view: View, ask: Ask, weights: Weights) -> Decision:
+    """The cheapest placement. Raises Overloaded where every worker that could take it is full, else NoWorker."""
+    scale = _Scale(view, ask, weights)
+    decodes = _eligible(view, ask, Role.DECODE)
+    if ask.way is Way.DECODE:
+        return Decision(None, _cheapest(decodes, scale.receive_s, ask), local=False)
+    if ask.way is Way.LOCAL or not _alive(view, Role.PREFILL):
+        return Decision(None, _cheapest(decodes, scale.local_s, ask), local=True)
+    decode = _cheapest(decodes, scale.receive_s, ask)
+    if scale.num_uncached(decode) < weights.disagg_threshold:
+        return Decision(None, decode, local=True)
+    return Decision(_cheapest(_eligible(view, ask, Role.PREFILL), scale.compute_s, ask), decode, local=False)
+
+
+@dataclass(frozen=True, slots=True)
+class _Scale:
+    """The costs of one request, in seconds. Each falls, or stays, when a worker has more of the prompt cached."""
+
+    view: View
+    ask: Ask
+    weights: Weights
+
+    def num_uncached(self, worker: Candidate) -> int:
+        """Prompt tokens ``worker`` would compute: at least the last one, whose logits are needed."""
+        return max(1, self.ask.num_tokens - self.ask.matches.get(worker.epoch, 0) * self.view.block_size)
+
+    def compute_s(self, worker: Candidate) -> float:
+        queued = worker.load.num_waiting_tokens + worker.sent_tokens
+        return (queued + self.num_uncached(worker)) / (worker.load.tokens_per_s or self._usual_rate(worker.role))
+
+    def receive_s(self, worker: Candidate) -> float:
+        return self.num_uncached(worker) * self.weights.transfer_s_per_token + self._crowd_s(worker)
+
+    def local_s(self, worker: Candidate) -> float:
+        return self.compute_s(worker) + self._crowd_s(worker)
+
+    def _crowd_s(self, worker: Candidate) -> float:
+        sequences = worker.load.num_running + worker.load.num_waiting + worker.sent_choices
+        return sequences * self.weights.sequence_s + self._shortage(worker) * self.weights.no_room_s
+
+    def _shortage(self, worker: Candidate) -> float:
+        """Share of the blocks needed that are not free, from 0 to 1."""
+        if not worker.load.num_blocks:
+            return 0.0
+        size = self.view.block_size
+        needed = -(-self.num_uncached(worker) // size) + self.ask.num_choices
+        free = worker.load.num_free_blocks - -(-worker.sent_room_tokens // size)
+        return min(1.0, max(0, needed - free) / needed)
+
+    def _usual_rate(self, role: Role) -> float:
+        """For a worker that has computed nothing yet: as fast as the fastest of its role."""
+        known = (worker.load.tokens_per_s for worker in self.view.workers if worker.role is role)
+        return max(known, default=0.0) or self.weights.tokens_per_s
+
+
+def _alive(view: View, role: Role) -> list[Candidate]:
+    return [worker for worker in view.workers if worker.role is role and worker.is_usable]
+
+
+def _eligible(view: View, ask: Ask, role: Role) -> list[Candidate]:
+    """Live workers of ``role`` that can take this request. Raises NoWorker or Overloaded where there is none."""
+    alive = _alive(view, role)
+    if not alive:
+        raise NoWorker(f"no {role.value} worker is connected")
+    agreeing = [worker for worker in alive if worker.layout == view.layout]
+    if not agreeing:
+        other = alive[0]
+        raise NoWorker(
+            f"no {role.value} worker serves this deployment's model: {other.worker} has KV layout {other.layout}, "
+            f"the deployment has {view.layout}; start every worker with the same model, dtype and block size"
+        )
+    taking = [worker for worker in agreeing if worker.full_for_s <= 0]
+    if not taking:
+        wait = min(worker.full_for_s for worker in agreeing)
+        raise Overloaded(f"every {role.value} worker's queue is full", retry_after_s=wait)
+    untried = [worker for worker in taking if worker.epoch not in ask.avoid]
+    if not untried:
+        raise NoWorker(f"every {role.value} worker has been tried")
+    return untried
+
+
+def _cheapest(workers: Sequence[Candidate], cost: Callable[[Candidate], float], ask: Ask) -> Candidate:
+    """Equal numerics first where asked for, then cost, then whose turn it is."""
+    count = len(workers)
+
+    def key(at: int) -> tuple[bool, float, int]:
+        worker = workers[at]
+        foreign = bool(ask.numerics) and worker.numerics != ask.numerics
+        return foreign, cost(worker), (at - ask.turn) % count
+
+    return workers[min(range(count), key=key)]

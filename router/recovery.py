@@ -1,0 +1,101 @@
+"""What to do when something goes wrong with a try of a request: one table, no I/O.
+
+    trouble                                   the try so far                       remedy
+    ----------------------------------------  -----------------------------------  --------------------------------
+    P lost                                    D has adopted, first tokens are in   none: D has all it needs
+                                              all first tokens are in              wait for D's word: adopted or not
+                                              else                                 again
+    D lost, or D cannot (full, unknown, ...)  P has the blocks                     redirect: P sends them to another
+                                              D has adopted, or is alone           again
+    P says D refused, or D is lost            D has adopted                        none: P's news is old
+                                              P holds the blocks                   redirect
+                                              P has let go                         again
+    P cannot (full, draining, unknown, ...)   D has adopted                        none
+                                              else                                 again
+
+"Again" is a restart while the client has no token, and from then on a resume: the tokens it has are forced, so it sees
+one sequence. Every remedy but none and waiting is a new generation, which outlaws whatever the last one still sends.
+"""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass
+
+from proto.control import Failed, RejectReason
+from proto.errors import (
+    InvalidRequest,
+    LocalFault,
+    NotSupported,
+    Overloaded,
+    TandemError,
+    Unavailable,
+    UserError,
+)
+
+
+class Side(enum.Enum):
+    PREFILL = "prefill"
+    DECODE = "decode"
+
+
+class Remedy(enum.Enum):
+    NONE = "none"
+    AWAIT_VERDICT = "await_verdict"
+    """The decode worker knows whether it has everything, and will say so."""
+    REDIRECT = "redirect"
+    RESTART = "restart"
+    RESUME = "resume"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Situation:
+    """A try as the router knows it."""
+
+    prefill_has_blocks: bool
+    """A live prefill worker has, or is computing, the prompt's blocks for this try."""
+    adopted: bool
+    started: bool
+    """The router holds at least one token."""
+    lacks_first: bool
+    """A running choice still waits for its first token, which only the prefill worker sends."""
+
+    @property
+    def again(self) -> Remedy:
+        return Remedy.RESUME if self.started else Remedy.RESTART
+
+
+def after_loss(side: Side, situation: Situation) -> Remedy:
+    """A worker of this try is gone: its stream broke, or it is another incarnation now."""
+    if side is Side.DECODE:
+        return Remedy.REDIRECT if situation.prefill_has_blocks else situation.again
+    if situation.lacks_first:
+        return situation.again
+    return Remedy.NONE if situation.adopted else Remedy.AWAIT_VERDICT
+
+
+def after_rejection(side: Side, reason: RejectReason, held: bool, situation: Situation) -> Remedy:
+    """The worker on ``side`` says that it cannot go on with this try."""
+    if side is Side.DECODE:
+        return Remedy.REDIRECT if situation.prefill_has_blocks else situation.again
+    if situation.adopted and not situation.lacks_first:
+        return Remedy.NONE
+    if reason in (RejectReason.REFUSED, RejectReason.PEER_LOST) and held and not situation.adopted:
+        return Remedy.REDIRECT
+    return situation.again
+
+
+def is_nobodys_fault(reason: RejectReason) -> bool:
+    """Whether a rejection says nothing about the request: it is not counted as an attempt."""
+    return reason in (RejectReason.FULL, RejectReason.DRAINING)
+
+
+_BY_STATUS: dict[int, type[TandemError]] = {400: InvalidRequest, 429: Overloaded, 501: NotSupported, 503: Unavailable}
+
+
+def error_of(failed: Failed, stage: str) -> TandemError:
+    """The error a worker's Failed stands for. What is not the client's fault and not known is ours."""
+    known = _BY_STATUS.get(failed.status)
+    if known is None:
+        known = UserError if 400 <= failed.status < 500 else LocalFault
+    return known(failed.message, param=failed.param, stage=stage)

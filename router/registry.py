@@ -1,0 +1,323 @@
+"""The fleet: who is on the ledger, who answers, and how busy each is.
+
+    ledger's records ──▶ one link per incarnation ──▶ Candidate of the policy's view
+                         stream alive: usable, whatever the ledger says
+                         record gone and stream dead: forgotten
+
+A worker's name under a new epoch is a new worker; the old incarnation is dropped at once. When Redis is away, the last
+known members and the live streams go on. Knows workers; knows no requests.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import Counter
+from collections.abc import Callable, Coroutine, Iterable
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from kvtransfer.ledger.records import WorkerRecord
+from proto.control import (
+    Attach,
+    FromRouter,
+    FromWorker,
+    Hello,
+    LoadReport,
+    ModelCard,
+    Prefill,
+    Role,
+    Welcome,
+)
+from proto.errors import LayoutMismatch, RemoteProtocolError
+from proto.hashing import BlockHasher
+from proto.ids import Epoch
+from proto.layout import WIRE_VERSION
+from router.links import ClientLike, WorkerLink
+from router.policy import Candidate, View
+
+log = logging.getLogger(__name__)
+
+
+class FleetEvents(Protocol):
+    """Who hears of the workers (``flow``)."""
+
+    def worker_up(self, epoch: Epoch) -> None: ...
+
+    def worker_down(self, epoch: Epoch) -> None: ...
+
+    def message_came(self, epoch: Epoch, message: FromWorker) -> None: ...
+
+
+class ModelBook(Protocol):
+    """Where cards go (``models``)."""
+
+    def knows(self, layout: str) -> bool: ...
+
+    async def learn(self, card: ModelCard) -> None: ...
+
+    def serve(self, layout: str) -> None: ...
+
+    def hasher(self) -> BlockHasher: ...
+
+
+@dataclass(slots=True)
+class Sent:
+    """What was sent to a worker and its load reports do not show yet."""
+
+    tokens: int = 0
+    room_tokens: int = 0
+    choices: int = 0
+
+
+@dataclass(slots=True)
+class _Recent:
+    """Two buckets: a report may have been written just before our message came, the one after it was not."""
+
+    older: Sent = field(default_factory=Sent)
+    newer: Sent = field(default_factory=Sent)
+
+    def reported(self) -> None:
+        self.older, self.newer = self.newer, Sent()
+
+    def add(self, message: FromRouter) -> None:
+        match message:
+            case Prefill(request):
+                self.newer.tokens += len(request.prompt)
+            case Attach(request, _, local):
+                self.newer.choices += request.params.n
+                self.newer.room_tokens += len(request.prompt)
+                self.newer.tokens += len(request.prompt) if local else 0
+            case _:
+                pass
+
+    @property
+    def total(self) -> Sent:
+        older, newer = self.older, self.newer
+        return Sent(older.tokens + newer.tokens, older.room_tokens + newer.room_tokens, older.choices + newer.choices)
+
+
+class _Member:
+    """One incarnation of a worker, and the far end of its link's events."""
+
+    def __init__(self, registry: Registry, record: WorkerRecord, client: ClientLike, hello: Hello) -> None:
+        self.record = record
+        self.is_recorded = True
+        self.is_draining = False
+        self.full_until = 0.0
+        self.load = record.load
+        self.recent = _Recent()
+        self.link = WorkerLink(client, hello, self)
+        self._registry = registry
+
+    async def greeted(self, client: ClientLike, welcome: Welcome) -> None:
+        await self._registry.greeted(self, client, welcome)
+
+    def up(self) -> None:
+        self._registry.member_up(self)
+
+    def received(self, message: FromWorker) -> None:
+        self._registry.member_said(self, message)
+
+    def down(self, reason: str) -> None:
+        self._registry.member_down(self, reason)
+
+    def candidate(self, now: float) -> Candidate:
+        sent = self.recent.total
+        record = self.record
+        return Candidate(
+            worker=record.worker,
+            epoch=record.epoch,
+            role=record.role,
+            address=record.address,
+            layout=record.layout,
+            numerics=record.numerics,
+            is_usable=self.link.is_up and not (self.is_draining or record.draining),
+            full_for_s=max(0.0, self.full_until - now),
+            load=self.load,
+            sent_tokens=sent.tokens,
+            sent_room_tokens=sent.room_tokens,
+            sent_choices=sent.choices,
+        )
+
+
+class Registry:
+    """Feed it ``records_changed``; it keeps a link to everyone. All calls from one event loop."""
+
+    def __init__(
+        self,
+        router_epoch: Epoch,
+        connect: Callable[[str], ClientLike],
+        models: ModelBook,
+        clock: Callable[[], float],
+    ) -> None:
+        self._router_epoch = router_epoch
+        self._connect = connect
+        self._models = models
+        self._clock = clock
+        self._members: dict[Epoch, _Member] = {}
+        self._events: FleetEvents | None = None
+        self._layout = ""
+        self._disagreeing: frozenset[str] = frozenset()
+        self._closing: set[asyncio.Task[None]] = set()
+
+    def subscribe(self, events: FleetEvents) -> None:
+        """Before the first record. One subscriber."""
+        assert self._events is None
+        self._events = events
+
+    @property
+    def layout(self) -> str:
+        """The deployment's KV layout; empty before the first worker came up."""
+        return self._layout
+
+    def hasher(self) -> BlockHasher:
+        return self._models.hasher()
+
+    def view(self) -> View:
+        now = self._clock()
+        members = sorted(self._members.values(), key=lambda member: member.record.worker)
+        block_size = next((m.record.block_size for m in members if m.record.layout == self._layout), 1)
+        workers = tuple(member.candidate(now) for member in members)
+        return View(workers=workers, layout=self._layout, block_size=block_size)
+
+    def troubles(self) -> list[str]:
+        """One line per worker that should be there and is not reached."""
+        return [f"{m.record.worker}: {m.link.trouble}" for m in self._members.values() if not m.link.is_up]
+
+    # From the ledger.
+
+    def records_changed(self, records: Iterable[WorkerRecord]) -> None:
+        """All workers on the ledger now. One that is missing here and whose stream is alive stays."""
+        present = {record.epoch: record for record in records}
+        names = {record.worker: record.epoch for record in present.values()}
+        for epoch, member in list(self._members.items()):
+            member.is_recorded = epoch in present
+            replaced = names.get(member.record.worker, epoch) != epoch
+            if replaced or not (member.is_recorded or member.link.is_up):
+                self._drop(member, "replaced by a new incarnation" if replaced else "gone from the ledger")
+        for epoch, record in present.items():
+            known = self._members.get(epoch)
+            if known is None:
+                self._add(record)
+            else:
+                self._update(known, record)
+
+    def _add(self, record: WorkerRecord) -> None:
+        hello = Hello(self._router_epoch, record.epoch, WIRE_VERSION)
+        member = _Member(self, record, self._connect(record.address), hello)
+        self._members[record.epoch] = member
+        log.info("%s worker %s at %s (epoch %s)", record.role.value, record.worker, record.address, record.epoch)
+        member.link.start(f"link to {record.worker}")
+
+    def _update(self, member: _Member, record: WorkerRecord) -> None:
+        was, member.record = member.record, record
+        if not member.link.is_up:
+            member.load = record.load  # a live stream's reports are newer
+            if was.load != record.load:
+                member.link.nudge()
+        self._agree()
+
+    def _drop(self, member: _Member, why: str) -> None:
+        log.info("worker %s (epoch %s): %s", member.record.worker, member.record.epoch, why)
+        self._members.pop(member.record.epoch, None)
+        self._in_background(member.link.close())
+        self._agree()
+
+    # From the links.
+
+    async def greeted(self, member: _Member, client: ClientLike, welcome: Welcome) -> None:
+        """Before a worker is used its model is known. Raises TandemError when it is not who the ledger says."""
+        record = member.record
+        if (welcome.worker, welcome.role) != (record.worker, record.role):
+            raise RemoteProtocolError(
+                f"{record.address} says it is {welcome.role.value} worker {welcome.worker}, "
+                f"the ledger says {record.role.value} worker {record.worker}"
+            )
+        if self._models.knows(record.layout):
+            return
+        card = await client.describe()
+        if card.layout != record.layout:
+            raise LayoutMismatch(f"{record.worker} shows layout {card.layout}, the ledger says {record.layout}")
+        await self._models.learn(card)
+
+    def member_up(self, member: _Member) -> None:
+        member.is_draining = False
+        member.full_until = 0.0
+        member.recent = _Recent()
+        self._agree()
+        log.info("connected to %s worker %s", member.record.role.value, member.record.worker)
+        if self._events is not None:
+            self._events.worker_up(member.record.epoch)
+
+    def member_down(self, member: _Member, reason: str) -> None:
+        log.warning("lost %s worker %s: %s", member.record.role.value, member.record.worker, reason)
+        if self._events is not None:
+            self._events.worker_down(member.record.epoch)
+        if not member.is_recorded and member.record.epoch in self._members:
+            self._drop(member, "its stream ended and it is gone from the ledger")
+
+    def member_said(self, member: _Member, message: FromWorker) -> None:
+        if isinstance(message, LoadReport):
+            member.load = message.load
+            member.recent.reported()
+        elif self._events is not None:
+            self._events.message_came(member.record.epoch, message)
+
+    # From the flow.
+
+    def send(self, epoch: Epoch, message: FromRouter) -> None:
+        """Never blocks; dropped when the worker is gone."""
+        if member := self._members.get(epoch):
+            member.recent.add(message)
+            member.link.send(message)
+
+    def mark_full(self, epoch: Epoch, seconds: float) -> None:
+        """It refused work: leave it alone for ``seconds``."""
+        if member := self._members.get(epoch):
+            member.full_until = self._clock() + seconds
+
+    def mark_draining(self, epoch: Epoch) -> None:
+        """It takes nothing new, until its stream comes up again."""
+        if member := self._members.get(epoch):
+            member.is_draining = True
+
+    async def close(self) -> None:
+        """Closes every link. May be called twice."""
+        for member in list(self._members.values()):
+            self._in_background(member.link.close())
+        self._members.clear()
+        while self._closing:
+            await asyncio.wait(self._closing)
+
+    def _agree(self) -> None:
+        """Settles the deployment's layout, and says once who differs."""
+        live = [m.record for m in self._members.values() if m.link.is_up]
+        self._layout = deployment_layout(live, self._layout)
+        self._models.serve(self._layout)
+        disagreeing = frozenset(record.worker for record in live if record.layout != self._layout)
+        if disagreeing - self._disagreeing:
+            log.error(
+                "workers %s have another model, dtype or block size than the deployment (layout %s) and are not used",
+                ", ".join(sorted(disagreeing)),
+                self._layout,
+            )
+        self._disagreeing = disagreeing
+
+    def _in_background(self, work: Coroutine[None, None, None]) -> None:
+        task = asyncio.ensure_future(work)
+        self._closing.add(task)
+        task.add_done_callback(self._closing.discard)
+
+
+def deployment_layout(live: list[WorkerRecord], current: str) -> str:
+    """The layout that is served: one with both roles live goes first, then the current one, then the one that most
+    workers have, then that of the worker that started first."""
+    if not live:
+        return current
+    roles: dict[str, set[Role]] = {}
+    for record in live:
+        roles.setdefault(record.layout, set()).add(record.role)
+    sizes = Counter(record.layout for record in live)
+    first = {record.layout: record.started_at for record in sorted(live, key=lambda each: -each.started_at)}
+    return max(roles, key=lambda each: (len(roles[each]), each == current, sizes[each], -first[each]))
