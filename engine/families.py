@@ -1,0 +1,206 @@
+"""Model families as readings of config.json: each turns a checkpoint's entries into the one ``ModelSpec``.
+
+Defaults are those that ``transformers`` gives an entry that a file leaves out. Knows names and numbers; knows nothing of
+tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from engine.config_file import ConfigFile
+from engine.rope import KINDS, RopeSpec, yarn_attention_factor
+from proto.errors import CheckpointError, UnsupportedModel
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelSpec:
+    """One decoder. ``windows`` has an entry per layer: the sliding window in tokens, or None for full attention."""
+
+    architecture: str
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_heads: int
+    kv_heads: int
+    head_dim: int
+    windows: tuple[int | None, ...]
+    rope: RopeSpec
+    norm_eps: float
+    activation: str
+    qkv_bias: bool
+    o_bias: bool
+    mlp_bias: bool
+    qk_norm: bool
+    tie_embeddings: bool
+    max_position: int
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.windows)
+
+    @property
+    def max_context(self) -> int:
+        """The longest sequence in tokens the model is made for, rope scaling included."""
+        if self.rope.kind == "yarn":
+            return int(self.rope.original_max_position * self.rope.factor)
+        return int(self.max_position * self.rope.context_factor)
+
+
+def read_spec(config: ConfigFile) -> ModelSpec:
+    """Raises UnsupportedModel for an architecture or a feature we do not have, CheckpointError for wrong entries."""
+    names = config.texts("architectures") if config.has("architectures") else []
+    if len(names) != 1 or names[0] not in FAMILIES:
+        raise UnsupportedModel(
+            f"{config.name}: architecture {', '.join(names) or '(none named)'} is not supported. "
+            f"Supported: {', '.join(sorted(FAMILIES))}."
+        )
+    if config.has("quantization_config"):
+        raise UnsupportedModel(f"{config.name}: quantised checkpoints are not supported; use the unquantised model.")
+    return FAMILIES[names[0]](names[0], config)
+
+
+def read_eos(config: ConfigFile, generation: ConfigFile | None) -> tuple[int, ...]:
+    """Every token id that ends a text, of config.json and then of generation_config.json."""
+    ids = config.ids("eos_token_id") + (generation.ids("eos_token_id") if generation else ())
+    return tuple(dict.fromkeys(ids))
+
+
+def _llama(name: str, config: ConfigFile) -> ModelSpec:
+    bias = config.flag("attention_bias", False)
+    return _spec(
+        name,
+        config,
+        windows=_same_window(config, None),
+        qkv_bias=bias,
+        o_bias=bias,
+        mlp_bias=config.flag("mlp_bias", False),
+    )
+
+
+def _mistral(name: str, config: ConfigFile) -> ModelSpec:
+    default = None if config.states("sliding_window") else 4096
+    window = config.whole("sliding_window") if config.has("sliding_window") else default
+    return _spec(name, config, windows=_same_window(config, window))
+
+
+def _qwen2(name: str, config: ConfigFile) -> ModelSpec:
+    return _spec(name, config, windows=_qwen_windows(config), qkv_bias=True)
+
+
+def _qwen3(name: str, config: ConfigFile) -> ModelSpec:
+    bias = config.flag("attention_bias", False)
+    head_dim = config.whole("head_dim", 128)
+    return _spec(
+        name, config, windows=_qwen_windows(config), head_dim=head_dim, qkv_bias=bias, o_bias=bias, qk_norm=True
+    )
+
+
+FAMILIES: dict[str, Callable[[str, ConfigFile], ModelSpec]] = {
+    "LlamaForCausalLM": _llama,
+    "MistralForCausalLM": _mistral,
+    "Qwen2ForCausalLM": _qwen2,
+    "Qwen3ForCausalLM": _qwen3,
+}
+
+
+def _spec(
+    name: str,
+    config: ConfigFile,
+    *,
+    windows: tuple[int | None, ...],
+    head_dim: int | None = None,
+    qkv_bias: bool = False,
+    o_bias: bool = False,
+    mlp_bias: bool = False,
+    qk_norm: bool = False,
+) -> ModelSpec:
+    """What every family shares."""
+    hidden, heads = config.whole("hidden_size"), config.whole("num_attention_heads")
+    kv_heads = config.whole("num_key_value_heads", heads)
+    if not heads or not kv_heads or heads % kv_heads:
+        raise CheckpointError(f"{config.name}: {heads} attention heads cannot share {kv_heads} key/value heads.")
+    max_position = config.whole("max_position_embeddings", 2048)
+    return ModelSpec(
+        architecture=name,
+        vocab_size=config.whole("vocab_size"),
+        hidden_size=hidden,
+        intermediate_size=config.whole("intermediate_size"),
+        num_heads=heads,
+        kv_heads=kv_heads,
+        head_dim=head_dim or config.whole("head_dim", hidden // heads),
+        windows=windows,
+        rope=_read_rope(config, max_position),
+        norm_eps=config.number("rms_norm_eps", 1e-6),
+        activation=config.text("hidden_act", "silu"),
+        qkv_bias=qkv_bias,
+        o_bias=o_bias,
+        mlp_bias=mlp_bias,
+        qk_norm=qk_norm,
+        tie_embeddings=config.flag("tie_word_embeddings", False),
+        max_position=max_position,
+    )
+
+
+def _same_window(config: ConfigFile, window: int | None) -> tuple[int | None, ...]:
+    return (window,) * config.whole("num_hidden_layers")
+
+
+def _qwen_windows(config: ConfigFile) -> tuple[int | None, ...]:
+    """Layers from ``max_window_layers`` on slide, where sliding is on at all; ``layer_types`` overrules."""
+    num_layers = config.whole("num_hidden_layers")
+    if not config.flag("use_sliding_window", False):
+        return (None,) * num_layers
+    window = config.whole("sliding_window", 4096)
+    if config.has("layer_types"):
+        kinds = config.texts("layer_types")
+        if len(kinds) != num_layers:
+            raise CheckpointError(f"{config.name}: layer_types has {len(kinds)} entries for {num_layers} layers.")
+        return tuple(window if kind == "sliding_attention" else None for kind in kinds)
+    first = config.whole("max_window_layers", 28)
+    return tuple(window if layer >= first else None for layer in range(num_layers))
+
+
+def _read_rope(config: ConfigFile, max_position: int) -> RopeSpec:
+    """Both spellings: ``rope_theta`` with ``rope_scaling``, and ``rope_parameters`` with everything inside."""
+    theta = config.number("rope_theta", 10000.0)
+    scaling = config.section("rope_scaling") or config.section("rope_parameters")
+    if scaling is None:
+        return RopeSpec(theta=theta, original_max_position=max_position)
+    kind = scaling.text("rope_type", scaling.text("type", "default"))
+    theta = scaling.number("rope_theta", theta)
+    if kind not in KINDS:
+        raise UnsupportedModel(f"{scaling.name}: rope type {kind!r} is not supported. Supported: {', '.join(KINDS)}.")
+    if scaling.number("partial_rotary_factor", config.number("partial_rotary_factor", 1.0)) != 1.0:
+        raise UnsupportedModel(f"{scaling.name}: partial rotary embeddings are not supported.")
+    if kind == "default":
+        return RopeSpec(theta=theta, original_max_position=max_position)
+    if kind in ("linear", "dynamic"):
+        return RopeSpec(kind=kind, theta=theta, factor=scaling.number("factor"), original_max_position=max_position)
+    original = config.whole(
+        "original_max_position_embeddings", scaling.whole("original_max_position_embeddings", max_position)
+    )
+    if kind == "llama3":
+        return RopeSpec(
+            kind=kind,
+            theta=theta,
+            factor=scaling.number("factor"),
+            original_max_position=original,
+            low_freq_factor=scaling.number("low_freq_factor"),
+            high_freq_factor=scaling.number("high_freq_factor"),
+        )
+    factor = scaling.number("factor", max_position / original)
+    inferred = yarn_attention_factor(
+        factor, scaling.optional_number("mscale"), scaling.optional_number("mscale_all_dim")
+    )
+    return RopeSpec(
+        kind=kind,
+        theta=theta,
+        factor=factor,
+        original_max_position=original,
+        beta_fast=scaling.number("beta_fast", 32.0) or 32.0,
+        beta_slow=scaling.number("beta_slow", 1.0) or 1.0,
+        attention_factor=scaling.number("attention_factor", inferred),
+        truncate=scaling.flag("truncate", True),
+    )

@@ -1,0 +1,101 @@
+"""The KV memory of one worker: a tensor for kernels, regions of bytes for the transfer layer.
+
+    block b:  [b * block_bytes, (b + 1) * block_bytes)      nonce: 16 bytes after the last block (CPU only)
+
+On CPU it is an anonymous file (memfd) that a process of the same host can map read-only; its pages are committed when
+first written. Knows blocks as numbered regions; knows nothing of who owns them.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import secrets
+import sys
+
+import torch
+from torch import Tensor
+
+from proto.layout import KvLayout, MemoryExport
+
+NONCE_BYTES = 16
+
+
+class KvMemory:
+    """``tensor`` is ``[num_blocks, num_layers, 2, block_size, kv_heads, head_dim]``. Only the owner of a block writes it.
+
+    ``close()`` ends the export and must come last: views of ``read`` stay valid as long as they are referenced.
+    """
+
+    def __init__(self, layout: KvLayout, num_blocks: int, device: torch.device) -> None:
+        self.layout = layout
+        self.num_blocks = num_blocks
+        self.device = device
+        shape = (num_blocks, layout.num_layers, 2, layout.block_size, layout.kv_heads, layout.head_dim)
+        dtype = getattr(torch, layout.dtype)
+        self._bytes: memoryview | None = None
+        self._export: MemoryExport | None = None
+        if device.type == "cpu":
+            size = num_blocks * layout.block_bytes
+            mapped = self._map(size)
+            self._bytes = memoryview(mapped)
+            self.tensor: Tensor = torch.frombuffer(mapped, dtype=dtype, count=size // dtype.itemsize).view(shape)
+        else:
+            self.tensor = torch.zeros(shape, dtype=dtype, device=device)
+            # Device copies go through one page-locked block: the driver would stage them itself, slower, otherwise.
+            self._staging = torch.empty(shape[1:], dtype=dtype, pin_memory=True)
+
+    def _map(self, size: int) -> mmap.mmap:
+        """``size`` bytes of zeros and the nonce. Where the system has no memfd, the memory cannot be exported."""
+        if sys.platform != "linux":
+            return mmap.mmap(-1, size + NONCE_BYTES)
+        fd = os.memfd_create("tandem-kv")
+        os.ftruncate(fd, size + NONCE_BYTES)
+        mapped = mmap.mmap(fd, size + NONCE_BYTES)
+        nonce = secrets.token_bytes(NONCE_BYTES)
+        mapped[size:] = nonce
+        self._export = MemoryExport(os.getpid(), fd, size + NONCE_BYTES, size, nonce)
+        return mapped
+
+    def read(self, block: int) -> memoryview:
+        """The block's bytes, read-only: on CPU a view without a copy, on a GPU a copy."""
+        start = self._offset(block)
+        if self._bytes is not None:
+            return self._bytes[start : start + self.layout.block_bytes].toreadonly()
+        self._staging.copy_(self.tensor[block])
+        return memoryview(bytes(self._staging_bytes())).toreadonly()
+
+    def write(self, block: int, data: bytes | memoryview) -> None:
+        """Copies ``data``, ``layout.block_bytes`` long, into the block."""
+        start = self._offset(block)
+        assert len(data) == self.layout.block_bytes, f"a block has {self.layout.block_bytes} bytes, not {len(data)}"
+        if self._bytes is not None:
+            self._bytes[start : start + len(data)] = data
+            return
+        self._staging_bytes()[:] = data
+        self.tensor[block].copy_(self._staging)
+
+    def copy(self, source: int, destination: int) -> None:
+        """Makes ``destination`` equal to ``source``."""
+        self.tensor[destination].copy_(self.tensor[source])
+
+    def zero_tail(self, block: int, num_valid_tokens: int) -> None:
+        """Zeroes the block's slots from ``num_valid_tokens`` on, in every layer: equal tokens, then equal bytes."""
+        self.tensor[block, :, :, num_valid_tokens:] = 0
+
+    def export(self) -> MemoryExport | None:
+        """Where a process of this host can map the memory; None on a GPU and after ``close``."""
+        return self._export
+
+    def close(self) -> None:
+        """Closes the exported descriptor. The memory itself goes with its last reference. May be called twice."""
+        if self._export is not None:
+            os.close(self._export.fd)
+            self._export = None
+
+    def _offset(self, block: int) -> int:
+        assert 0 <= block < self.num_blocks, f"block {block} of {self.num_blocks}"
+        return block * self.layout.block_bytes
+
+    def _staging_bytes(self) -> memoryview:
+        return memoryview(self._staging.view(torch.uint8).reshape(-1).numpy()).cast("B")

@@ -1,0 +1,86 @@
+"""From a ``StepBatch`` (numbers) to ``StepInputs`` (tensors): flattening, slot mapping, block tables.
+
+batch rows:   r0 (1 token)  r1 (5 tokens)  r2 (1 token)
+flattened:    r0  r2 | r1 r1 r1 r1 r1          decode rows first, then chunks
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import chain
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from engine.batch import Row, StepBatch
+from engine.model import Chunk, StepInputs
+
+
+@dataclass(frozen=True, slots=True)
+class Flattened:
+    """``inputs`` with, per row of the batch, its row of logits (None: the row samples nothing)."""
+
+    inputs: StepInputs
+    logit_row: tuple[int | None, ...]
+
+
+def flatten(batch: StepBatch, block_size: int, device: torch.device) -> Flattened:
+    """Raises AssertionError where a row has no tokens or too short a block table: the scheduler's fault."""
+    order = sorted(range(len(batch.rows)), key=lambda index: len(batch.rows[index].tokens) > 1)
+    rows = [batch.rows[index] for index in order]
+    num_decode = sum(len(row.tokens) == 1 for row in rows)
+    positions = np.concatenate([np.arange(row.start, row.start + len(row.tokens)) for row in rows])
+    tables = [_table(row, block_size) for row in rows]
+    blocks = np.concatenate(
+        [
+            table[np.arange(row.start, row.start + len(row.tokens)) // block_size]
+            for row, table in zip(rows, tables, strict=True)
+        ]
+    )
+
+    def move(values: np.ndarray | list[int]) -> Tensor:
+        return torch.as_tensor(values, dtype=torch.int64).to(device, non_blocking=True)
+
+    chunks: list[Chunk] = []
+    logit_rows: list[int] = []
+    logit_row: list[int | None] = [None] * len(rows)
+    end = 0
+    for index, row, table in zip(order, rows, tables, strict=True):
+        start, end = end, end + len(row.tokens)
+        if len(row.tokens) > 1:
+            chunks.append(Chunk(slice(start, end), row.start, move(table)))
+        if row.samples:
+            logit_row[index] = len(logit_rows)
+            logit_rows.append(end - 1)
+    inputs = StepInputs(
+        tokens=move(list(chain.from_iterable(row.tokens for row in rows))),
+        positions=move(positions),
+        blocks=move(blocks),
+        offsets=move(positions % block_size),
+        num_decode=num_decode,
+        block_table=move(_pad(tables[:num_decode])),
+        lengths=move([row.start + 1 for row in rows[:num_decode]]),
+        chunks=tuple(chunks),
+        logit_rows=move(logit_rows),
+    )
+    return Flattened(inputs, tuple(logit_row))
+
+
+def _table(row: Row, block_size: int) -> np.ndarray:
+    """The row's blocks, those of its own tokens the last ones."""
+    assert row.tokens, "a row computes at least one token"
+    needed = -(-(row.start + len(row.tokens)) // block_size)
+    assert len(row.block_table) >= needed, f"{needed} blocks needed, {len(row.block_table)} given"
+    return np.asarray(row.block_table[:needed], dtype=np.int64)
+
+
+def _pad(tables: Sequence[np.ndarray]) -> np.ndarray:
+    """Shorter tables are filled up with their own first block: memory that is theirs to read."""
+    width = max((len(table) for table in tables), default=0)
+    padded = np.empty((len(tables), width), dtype=np.int64)
+    for row, table in zip(padded, tables, strict=True):
+        row[: len(table)] = table
+        row[len(table) :] = table[0]
+    return padded
