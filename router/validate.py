@@ -19,12 +19,13 @@ from router.values import Json, JsonObject
 MAX_STOP_STRINGS = 16
 _MAX_STOP_LENGTH = 1024
 _MAX_SHOWN = 80
+_HUGE = 1 << 64
 
 HINTS = frozenset(
     {
         "user", "metadata", "store", "service_tier", "parallel_tool_calls", "reasoning_effort", "verbosity",
         "prompt_cache_key", "prompt_cache_retention", "safety_identifier", "prediction", "session_id",
-        "include_reasoning", "spaces_between_special_tokens",
+        "include_reasoning", "request_id", "spaces_between_special_tokens",
     }
 )  # fmt: skip
 """Fields that ask for nothing a client could miss: accepted, and named in the response's header."""
@@ -110,14 +111,14 @@ class Fields:
     def whole(self, name: str) -> int | None:
         value = self.raw(name)
         if isinstance(value, float) and value.is_integer():
-            return int(value)
-        if value is None or (isinstance(value, int) and not isinstance(value, bool)):
+            value = int(value)
+        if value is None or (isinstance(value, int) and not isinstance(value, bool) and abs(value) < _HUGE):
             return value
         return self._wrong(name, "a whole number", value)
 
     def number(self, name: str) -> float | None:
         value = self.raw(name)
-        if value is None or (isinstance(value, (int, float)) and not isinstance(value, bool)):
+        if value is None or (isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < _HUGE):
             return value
         return self._wrong(name, "a number", value)
 
@@ -143,8 +144,8 @@ class Fields:
         values = self.array(name)
         return None if values is None else check_token_ids(values, vocab_size, self._path + name)
 
-    def finish(self, known: Collection[str] = ()) -> None:
-        """Deals with every field nobody read; ``known`` adds names to suggest. Raises InvalidRequest."""
+    def finish(self) -> None:
+        """Deals with every field nobody has read by now. Raises InvalidRequest."""
         for name in self._values:
             if name in self._read:
                 continue
@@ -154,7 +155,7 @@ class Fields:
                 if not _asks_nothing(name, self._values[name]):
                     raise InvalidRequest(REFUSED[name], param=self._path + name)
             else:
-                self._unknown(name, self._read | HINTS | set(known))
+                self._unknown(name, self._read | HINTS)
 
     def _unknown(self, name: str, known: Collection[str]) -> None:
         near = difflib.get_close_matches(name, sorted(known), n=1)
@@ -240,7 +241,7 @@ def _read_logit_bias(fields: Fields, vocab_size: int) -> dict[int, float] | None
     values = fields.mapping("logit_bias")
     bias: dict[int, float] = {}
     for key, value in (values or {}).items():
-        if not (key.isascii() and key.isdigit() and int(key) < vocab_size):
+        if not (len(key) < 20 and key.isascii() and key.isdigit() and int(key) < vocab_size):
             shown = _shorten(key)
             raise InvalidRequest(
                 f"logit_bias: {shown!r} is no token id of the vocabulary of {vocab_size}.", param="logit_bias"

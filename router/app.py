@@ -1,0 +1,120 @@
+"""The HTTP application: which path is answered by what, and in which order the layers stand.
+
+Edge (labels, errors, metrics) ▶ CORS ▶ ApiKeys ▶ routes ▶ router.openai
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from importlib import metadata
+
+from fastapi import FastAPI
+from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, Response
+
+from proto.errors import TandemError
+from proto.settings import RouterSettings
+from router.auth import ApiKeys, is_authorized, read_keys
+from router.contract import FlowLike, MetricsLike, ModelProvider, Readiness
+from router.edge import Edge
+from router.openai.chat import create_chat_completion
+from router.openai.completions import create_completion
+from router.openai.errors import ClientGone, reply_for
+from router.openai.models import list_models, show_model
+from router.openai.serving import Api, label_of
+from router.openai.tokens import detokenize, tokenize
+
+Endpoint = Callable[[Api, Request], Awaitable[Response]]
+Handler = Callable[[Request], Awaitable[Response]]
+
+_EXPOSED = ["x-request-id", "x-tandem-ignored", "x-tandem-prefill", "x-tandem-decode", "server-timing", "retry-after"]
+
+
+def build_app(
+    settings: RouterSettings,
+    flow: FlowLike,
+    models: ModelProvider,
+    ready: Callable[[], Readiness],
+    metrics: MetricsLike,
+) -> FastAPI:
+    """The application, ready for any ASGI server. Raises SettingsError when the key file cannot be read."""
+    api = Api(settings=settings, flow=flow, models=models, metrics=metrics, version=_version())
+    app = FastAPI(title="Tandem", version=api.version, root_path=settings.root_path, redirect_slashes=False)
+    _add_openai_routes(app, api)
+    _add_service_routes(app, api, ready)
+    for kind in (TandemError, HTTPException, ClientGone, ClientDisconnect):
+        app.add_exception_handler(kind, _handle_error)
+    # The middleware added last stands outermost.
+    app.add_middleware(ApiKeys, keys=read_keys(settings))
+    if settings.allowed_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=list(settings.allowed_origins),
+            allow_methods=["*"],
+            allow_headers=["*"],
+            expose_headers=_EXPOSED,
+        )
+    app.add_middleware(Edge, metrics=metrics)
+    return app
+
+
+def _add_openai_routes(app: FastAPI, api: Api) -> None:
+    def add(path: str, method: str, endpoint: Endpoint) -> None:
+        async def handle(request: Request) -> Response:
+            return await endpoint(api, request)
+
+        handle.__name__, handle.__doc__ = endpoint.__name__, endpoint.__doc__
+        app.add_api_route(path, handle, methods=[method])
+
+    add("/v1/completions", "POST", create_completion)
+    add("/v1/chat/completions", "POST", create_chat_completion)
+    add("/v1/models", "GET", list_models)
+    add("/v1/models/{model_id:path}", "GET", show_model)
+    add("/tokenize", "POST", tokenize)
+    add("/detokenize", "POST", detokenize)
+
+
+def _add_service_routes(app: FastAPI, api: Api, ready: Callable[[], Readiness]) -> None:
+    async def show_live(request: Request) -> Response:
+        """The process runs and its event loop turns: nothing else is asked."""
+        return JSONResponse({"status": "live"})
+
+    async def show_ready(request: Request) -> Response:
+        """Whether a generation would be served now, and if not, why. Details are for those who have a key."""
+        now = ready()
+        body: dict[str, object] = {"status": "ready" if now.ready else "not ready", "reasons": list(now.reasons)}
+        if is_authorized(request):
+            body["details"] = dict(now.details)
+        return JSONResponse(body, status_code=200 if now.ready else 503)
+
+    async def show_version(request: Request) -> Response:
+        return JSONResponse({"version": api.version})
+
+    async def show_metrics(request: Request) -> Response:
+        body, content_type = api.metrics.exposition()
+        return Response(body, media_type=content_type)
+
+    def add(path: str, handle: Handler) -> None:
+        app.add_api_route(path, handle, methods=["GET", "HEAD"], include_in_schema=False)
+
+    add("/health", show_ready)
+    add("/health/ready", show_ready)
+    add("/ready", show_ready)
+    add("/health/live", show_live)
+    add("/version", show_version)
+    add("/metrics", show_metrics)
+
+
+async def _handle_error(request: Request, error: Exception) -> Response:
+    if isinstance(error, (ClientGone, ClientDisconnect)):
+        return Response(status_code=ClientGone.status)  # for logs and metrics: nobody reads it
+    return reply_for(error, label_of(request)).response()
+
+
+def _version() -> str:
+    try:
+        return metadata.version("tandem-serve")
+    except metadata.PackageNotFoundError:
+        return "0.0.0"
