@@ -16,8 +16,11 @@ from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
 from engine.build import EngineParts, load_engine_parts
-from engine.core import CacheEvent, EngineCore, StepOutput
+from engine.core import EngineCore
 from engine.loop import EngineLoop, StepHeartbeat
+from engine.output import StepOutput
+from engine.prefix_cache import CacheEvent
+from engine.stats import EngineStats
 from proto.control import Load
 from proto.ids import RequestId
 from proto.request import Request, SamplingParams
@@ -29,10 +32,11 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class StepNews:
-    """What one step did, with the load and the cache's changes since the last news."""
+    """What one step did, and how the engine stands after it."""
 
     output: StepOutput
     load: Load
+    stats: EngineStats
 
 
 class EngineEvents(Protocol):
@@ -89,15 +93,23 @@ class EngineHost:
             on_started=self._on_started,
         )
 
-    async def call(self, fn: Callable[[EngineCore], T]) -> T:
-        """Runs ``fn`` on the engine thread between two steps, in the order of the calls, and returns its result.
+    def post(self, fn: Callable[[EngineCore], T]) -> asyncio.Future[T]:
+        """Runs ``fn`` on the engine thread between two steps, in the order of the calls.
 
-        A caller that is cancelled does not take the call back: what ``fn`` does is done all the same.
+        The future has its result or its exception. Cancelling it does not take the call back.
         """
-        return await asyncio.shield(asyncio.wrap_future(self.post(fn)))
+        return asyncio.shield(asyncio.wrap_future(self._send(fn)))
 
-    def post(self, fn: Callable[[EngineCore], T]) -> Future[T]:
-        """Like ``call``, without waiting."""
+    async def call(self, fn: Callable[[EngineCore], T]) -> T:
+        """``post``, and waits."""
+        return await self.post(fn)
+
+    def tell(self, fn: Callable[[EngineCore], None]) -> None:
+        """``post`` for a call that has nothing to say, such as letting go; after the engine's end it does nothing."""
+        if self._loop is not None:
+            self._send(fn).add_done_callback(_log_fault)
+
+    def _send(self, fn: Callable[[EngineCore], T]) -> Future[T]:
         assert self._loop is not None, "open() comes first"
 
         def run_and_collect(core: EngineCore) -> T:
@@ -127,7 +139,7 @@ class EngineHost:
         self._hop(lambda: self._events.started(request))
 
     def _on_step(self, core: EngineCore, output: StepOutput) -> None:
-        news = StepNews(output, core.load())
+        news = StepNews(output, core.load(), core.stats)
         self._hop(lambda: self._events.stepped(news))
         self._collect_cache_events(core)
 
@@ -152,3 +164,8 @@ def _warm_up(core: EngineCore) -> None:
     core.add(Request(id=RequestId("warm-up"), prompt=(0, 0, 0, 0), params=params))
     while core.has_work():
         core.step()
+
+
+def _log_fault(future: Future[None]) -> None:
+    if not future.cancelled() and (fault := future.exception()) is not None:
+        log.debug("a call to the engine failed: %s", fault)

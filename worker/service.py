@@ -1,0 +1,296 @@
+"""A worker process: its gRPC port, its probes, its engine, its tier, and its place on the ledger.
+
+    start   the ports open at once and say "loading"; weights, KV memory, warm-up; then the ledger learns of us
+    run     until the engine fails
+    stop    take nothing new, say so, finish what there is, leave the ledger, close
+
+Knows what both tiers have in common. What a tier decides is behind ``Tier``; models are behind ``EngineHost``.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import socket
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import grpc
+
+from engine.prefix_cache import CacheEvent, Evicted, Stored
+from kvtransfer.ledger import records
+from kvtransfer.ledger.publisher import WorkerPublisher
+from kvtransfer.ledger.redis import RedisLedger
+from proto.control import FromRouter, Load, LoadReport, ModelCard, Role, Welcome
+from proto.errors import NoWorker, RemoteProtocolError, SettingsError
+from proto.health import HealthReport
+from proto.ids import BlockHash, Epoch, RequestId, WorkerId, new_epoch
+from proto.layout import WIRE_VERSION
+from proto.settings import EngineSettings, LedgerSettings, WorkerSettings
+from service.health import Health
+from service.http import HttpServer, worker_app
+from service.metrics import EngineTotals, WorkerMetrics
+from service.rpc import RouterStream, join_address, serve, split_address, worker_handler
+from worker.host import EngineHost, StepNews
+from worker.routers import RouterStreams
+
+log = logging.getLogger(__name__)
+
+LOAD_REPORT_EVERY_S = 0.1
+_UNKNOWN_LOAD = Load()
+
+
+class Tier(Protocol):
+    """What a tier decides. Everything is called on the event loop."""
+
+    is_draining: bool
+
+    def handle(self, message: FromRouter) -> None: ...
+
+    def started(self, request: RequestId) -> None: ...
+
+    def stepped(self, news: StepNews) -> None: ...
+
+    def crashed(self, error: BaseException) -> None: ...
+
+    async def drained(self) -> None:
+        """Returns when nothing is unfinished."""
+
+    async def close(self) -> None:
+        """Lets go of everything."""
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerContext:
+    """What a tier is built from."""
+
+    epoch: Epoch
+    host: EngineHost
+    routers: RouterStreams
+    metrics: WorkerMetrics
+    settings: WorkerSettings
+
+
+TierParts = tuple[Tier, Sequence[grpc.GenericRpcHandler]]
+"""A tier, and the gRPC services it offers besides the routers'."""
+
+
+class WorkerService:
+    """One worker. ``build_tier`` is called once, before the engine is loaded."""
+
+    def __init__(
+        self,
+        role: Role,
+        engine: EngineSettings,
+        worker: WorkerSettings,
+        ledger: LedgerSettings,
+        build_tier: Callable[[WorkerContext], TierParts],
+    ) -> None:
+        if ledger.redis is None:
+            raise SettingsError(f"tandem {role.value} meets the other tiers at a Redis: give --redis URL (or TANDEM_REDIS)")
+        self._role = role
+        self._engine_settings = engine
+        self._settings = worker
+        self._ledger_settings = ledger
+        self.epoch = new_epoch()
+        self._health = Health()
+        self._host = EngineHost(engine, self)
+        self._health.watch(lambda: self._host.heartbeat)
+        self._routers = RouterStreams()
+        model = engine.model
+        self._metrics = WorkerMetrics(next(iter(model.served_model_name), None) or model.model or "", role)
+        context = WorkerContext(self.epoch, self._host, self._routers, self._metrics, worker)
+        self._tier, self._handlers = build_tier(context)
+        self._load = _UNKNOWN_LOAD
+        self._last_report = 0.0
+        self._crashed: asyncio.Future[None] | None = None
+        self._server: grpc.aio.Server | None = None
+        self._http: HttpServer | None = None
+        self._ledger: RedisLedger | None = None
+        self._publisher: WorkerPublisher | None = None
+
+    # Startup, run, shutdown.
+
+    async def start(self) -> None:
+        self._crashed = asyncio.get_running_loop().create_future()
+        handler = worker_handler(self._describe, self._report, self._on_stream)
+        self._server, port = await serve(self._settings.host, self._settings.port, [handler, *self._handlers])
+        await self._start_http()
+        await self._host.open(self._health.loading)
+        self._show_memory()
+        self._ledger = RedisLedger.from_settings(self._ledger_settings)
+        await self._ledger.connect()
+        record = self._record(port)
+        self._worker = record.worker
+        self._publisher = WorkerPublisher(
+            self._ledger,
+            record,
+            load=lambda: self._load,
+            snapshot=self._snapshot,
+            heartbeat_s=self._ledger_settings.heartbeat_s,
+        )
+        self._publisher.start()
+        self._health.ready()
+        log.info("%s worker %s is ready at %s", self._role.value, record.worker, record.address)
+
+    async def run(self) -> None:
+        assert self._crashed is not None
+        await self._crashed
+
+    async def stop(self) -> None:
+        self._tier.is_draining = True
+        self._health.draining()
+        if self._publisher is not None:
+            self._publisher.drain()
+            await self._tier.drained()
+        await self._tier.close()
+        if self._publisher is not None:
+            await self._publisher.close()
+        if self._ledger is not None:
+            await self._ledger.close()
+        if self._server is not None:
+            await self._server.stop(grace=1.0)
+        if self._http is not None:
+            await self._http.stop()
+        await self._host.close()
+
+    async def _start_http(self) -> None:
+        if self._settings.http_port is None:
+            return
+        app = worker_app(self._health.report, lambda: (self._metrics.render(), self._metrics.content_type))
+        self._http = HttpServer(app, self._settings.host, self._settings.http_port)
+        await self._http.start()
+
+    def _show_memory(self) -> None:
+        facts = self._host.parts.facts
+        self._load = Load(num_free_blocks=facts.num_blocks, num_blocks=facts.num_blocks)
+        self._metrics.set_load(self._load)
+        self._metrics.set_cache_config(
+            block_size=facts.block_size,
+            num_blocks=facts.num_blocks,
+            max_concurrency=facts.max_concurrency,
+            prefix_caching=self._engine_settings.cache.enable_prefix_caching,
+        )
+
+    def _record(self, port: int) -> records.WorkerRecord:
+        parts = self._host.parts
+        address = advertised(self._settings, port)
+        host, _ = split_address(address)
+        name = self._settings.worker_id or f"{self._role.value}-{socket.gethostname()}-{self.epoch[:6]}"
+        return records.WorkerRecord(
+            worker=WorkerId(name),
+            role=self._role,
+            epoch=self.epoch,
+            address=address,
+            http_address=join_address(host, self._http.port) if self._http else None,
+            layout=parts.facts.layout.fingerprint(),
+            numerics=parts.facts.numerics,
+            model=parts.card.served_names[0],
+            model_digest=parts.card.digest,
+            block_size=parts.facts.block_size,
+            num_blocks=parts.facts.num_blocks,
+            load=self._load,
+            started_at=time.time(),
+        )
+
+    # What routers ask.
+
+    async def _describe(self) -> ModelCard:
+        self._demand_ready()
+        return self._host.parts.card
+
+    async def _report(self) -> HealthReport:
+        return self._health.report()
+
+    async def _on_stream(self, stream: RouterStream) -> None:
+        self._demand_ready()
+        meant = stream.hello.worker_epoch
+        if meant and meant != self.epoch:
+            raise RemoteProtocolError(f"the router means incarnation {meant}; this is {self.epoch}")
+        stream.send(Welcome(self._worker, self.epoch, self._role, WIRE_VERSION))
+        stream.send(LoadReport(self._load))
+        await self._routers.serve(stream, self._tier.handle)
+
+    def _demand_ready(self) -> None:
+        if self._publisher is None:
+            raise NoWorker(f"this worker is not ready: {self._health.report().detail}")
+
+    # What the engine says.
+
+    def started(self, request: RequestId) -> None:
+        self._tier.started(request)
+
+    def stepped(self, news: StepNews) -> None:
+        self._tier.stepped(news)
+        self._load = news.load
+        self._metrics.set_load(news.load)
+        self._metrics.stepped(news.output.num_tokens, news.output.duration_s)
+        stats = news.stats
+        self._metrics.set_totals(
+            EngineTotals(
+                num_preemptions=stats.num_preemptions,
+                cache_query_tokens=stats.cache_query_tokens,
+                cache_hit_tokens=stats.cache_hit_tokens,
+                prompt_tokens=stats.prompt_tokens_computed,
+                generated_tokens=stats.generated_tokens,
+            )
+        )
+        self._report_load()
+
+    def load_changed(self, load: Load) -> None:
+        self._load = load
+        self._metrics.set_load(load)
+
+    def cache_changed(self, events: list[CacheEvent]) -> None:
+        if self._publisher is not None:
+            self._publisher.publish(_as_change(event) for event in events)
+
+    def crashed(self, error: BaseException) -> None:
+        self._health.failed(f"the engine failed: {error}")
+        self._tier.crashed(error)
+        if self._crashed is not None and not self._crashed.done():
+            self._crashed.set_exception(error)
+
+    def _report_load(self) -> None:
+        """Routers hear of it when it changes, but not at every step."""
+        now = time.monotonic()
+        is_idle = self._load.num_running + self._load.num_waiting == 0
+        if is_idle or now - self._last_report >= LOAD_REPORT_EVERY_S:
+            self._last_report = now
+            self._routers.broadcast(LoadReport(self._load))
+
+    async def _snapshot(self) -> Sequence[BlockHash]:
+        return await self._host.call(lambda core: core.cached_hashes())
+
+
+def _as_change(event: CacheEvent) -> records.CacheChange:
+    match event:
+        case Stored(hashes):
+            return records.Stored(hashes)
+        case Evicted(hashes):
+            return records.Evicted(hashes)
+        case _:
+            return records.Cleared()
+
+
+def advertised(settings: WorkerSettings, port: int) -> str:
+    """host:port by which others reach this worker: as told, or the address it listens on, or this host's."""
+    told = settings.advertise
+    if told is not None:
+        return told if _names_a_port(told) else join_address(told, port)
+    if settings.host not in ("0.0.0.0", "::", ""):  # noqa: S104 - compared, not listened on
+        return join_address(settings.host, port)
+    try:
+        return join_address(socket.gethostbyname(socket.gethostname()), port)
+    except OSError:
+        return join_address("127.0.0.1", port)
+
+
+def _names_a_port(address: str) -> bool:
+    try:
+        split_address(address)
+    except ValueError:
+        return False
+    return True
