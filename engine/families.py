@@ -1,7 +1,7 @@
 """Model families as readings of config.json: each turns a checkpoint's entries into the one ``ModelSpec``.
 
-Defaults are those that ``transformers`` gives an entry that a file leaves out. Knows names and numbers; knows nothing of
-tensors.
+Defaults are those that ``transformers`` gives an entry that a file leaves out. Knows names and numbers; knows nothing
+of tensors.
 """
 
 from __future__ import annotations

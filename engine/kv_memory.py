@@ -22,7 +22,7 @@ NONCE_BYTES = 16
 
 
 class KvMemory:
-    """``tensor`` is ``[num_blocks, num_layers, 2, block_size, kv_heads, head_dim]``. Only the owner of a block writes it.
+    """``tensor`` is ``[num_blocks, num_layers, 2, block_size, kv_heads, head_dim]``; only a block's owner writes it.
 
     ``close()`` ends the export and must come last: views of ``read`` stay valid as long as they are referenced.
     """
@@ -98,4 +98,4 @@ class KvMemory:
         return block * self.layout.block_bytes
 
     def _staging_bytes(self) -> memoryview:
-        return memoryview(self._staging.view(torch.uint8).reshape(-1).numpy()).cast("B")
+        return self._staging.view(torch.uint8).reshape(-1).numpy().data

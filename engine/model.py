@@ -175,7 +175,7 @@ class Decoder:
 
     @torch.inference_mode()
     def forward(self, step: StepInputs, kv: Tensor) -> Tensor:
-        """float32 logits ``[len(step.logit_rows), vocab_size]``. Writes the keys and values of all tokens into ``kv``."""
+        """float32 logits ``[len(step.logit_rows), vocab_size]``. Writes all tokens' keys and values into ``kv``."""
         cos, sin = self._rope.angles(step.positions)
         x = F.embedding(step.tokens, self._embedding)
         for layer in self._layers[:-1]:

@@ -41,7 +41,7 @@ class RopeSpec:
 
     @property
     def context_factor(self) -> float:
-        """By how much scaling extends ``original_max_position``. Llama 3.1 states the extended context in its config."""
+        """By how much scaling extends ``original_max_position``. (Llama 3.1 states the extended context itself.)"""
         return self.factor if self.kind in ("linear", "dynamic", "yarn") else 1.0
 
 
@@ -91,7 +91,7 @@ def _llama3(spec: RopeSpec, plain: Tensor) -> Tensor:
 
 
 def _yarn(spec: RopeSpec, head_dim: int, plain: Tensor) -> Tensor:
-    """Dimensions that turn more than beta_fast times in the original context are kept, those under beta_slow stretched."""
+    """Dimensions that turn over beta_fast times in the original context are kept, those under beta_slow stretched."""
 
     def dimension(turns: float) -> float:
         return head_dim * math.log(spec.original_max_position / (turns * 2 * math.pi)) / (2 * math.log(spec.theta))

@@ -69,7 +69,7 @@ def _restrict(scores: Tensor, spec: SampleSpec) -> None:
 
 
 def _penalise(scores: Tensor, spec: SampleSpec) -> None:
-    """Penalties of one row ``[vocab_size]``, in place: repetition over prompt and output, the others over the output."""
+    """Penalties of one row ``[vocab_size]``, in place: repetition over prompt and output, the others over output."""
     params = spec.params
     if params.repetition_penalty != 1.0:
         seen = _ids(sorted(set(spec.prompt).union(spec.output)), scores)

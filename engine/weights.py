@@ -12,7 +12,7 @@ import json
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -36,6 +36,18 @@ class WeightSource(Protocol):
         """Names the model: of ``essentials``, the dtype and all tensors taken so far."""
 
 
+class _TensorFile(Protocol):
+    """The part of safetensors' reader that is used; it comes without types."""
+
+    def keys(self) -> list[str]: ...
+    def get_tensor(self, name: str) -> Tensor: ...
+    def get_slice(self, name: str) -> _TensorHeader: ...
+
+
+class _TensorHeader(Protocol):
+    def get_dtype(self) -> str: ...
+
+
 class SafetensorsSource:
     """A checkpoint folder: ``model.safetensors``, shards with an index, or any other ``*.safetensors``."""
 
@@ -43,7 +55,7 @@ class SafetensorsSource:
         self._folder = folder
         self._dtype = dtype
         self._device = device
-        self._files: dict[str, safe_open] = {}
+        self._files: dict[str, _TensorFile] = {}
         self._file_of = _locate_tensors(folder)
         self._samples: dict[str, bytes] = {}
 
@@ -75,8 +87,8 @@ class SafetensorsSource:
             raise CheckpointError(f"{self._folder} has no tensor {name}.")
         try:
             if file not in self._files:
-                self._files[file] = safe_open(self._folder / file, framework="pt")
-            tensor: Tensor = self._files[file].get_tensor(name)
+                self._files[file] = cast(_TensorFile, safe_open(self._folder / file, framework="pt"))
+            tensor = self._files[file].get_tensor(name)
         except FileNotFoundError:
             raise CheckpointError(f"{self._folder} has no file {file}, which should hold {name}.") from None
         except (SafetensorError, OSError) as error:
@@ -110,8 +122,10 @@ class DummySource:
             pool = (self._pool * (1.6 / math.sqrt(shape[-1]))).to(self._device, self._dtype)
             offset = int.from_bytes(hashlib.blake2b(names[0].encode(), digest_size=4).digest()) % _POOL
             out = torch.empty(shape, dtype=self._dtype, device=self._device)
-            for part in out.view(-1).split(_POOL):
-                part.copy_(pool.roll(offset)[: part.numel()])
+            rolled, flat = pool.roll(offset), out.view(-1)
+            for start in range(0, flat.numel(), _POOL):
+                part = flat[start : start + _POOL]
+                part.copy_(rolled[: part.numel()])
         self._samples[names[0]] = _sample(out)
         return out
 
@@ -124,7 +138,7 @@ def stored_dtype(folder: Path) -> str | None:
     names = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
     for file in sorted(set(_locate_tensors(folder).values())):
         with _open(folder / file) as tensors:
-            kinds = [tensors.get_slice(name).get_dtype() for name in tensors.keys()]  # noqa: SIM118 - no mapping
+            kinds = [tensors.get_slice(name).get_dtype() for name in tensors.keys()]
         known = [kind for kind in kinds if kind in names]
         if known:
             return names[max(set(known), key=known.count)]
@@ -152,10 +166,10 @@ def _locate_tensors(folder: Path) -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def _open(path: Path) -> Iterator[safe_open]:
+def _open(path: Path) -> Iterator[_TensorFile]:
     try:
         with safe_open(path, framework="pt") as tensors:
-            yield tensors
+            yield cast(_TensorFile, tensors)
     except FileNotFoundError:
         raise CheckpointError(f"{path.parent} has no file {path.name}, which its index names.") from None
     except (SafetensorError, OSError) as error:

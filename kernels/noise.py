@@ -1,12 +1,12 @@
 """Random numbers as a pure function of (seed, position, token id): the same bits in any batch, on any worker.
 
     key   = splitmix64(splitmix64(seed) + position)          64 bits; k0, k1 = its low and high 32
-    h     = mix(token * 0x9E3779B1 + k0);  h = mix(h ^ k1)   32-bit arithmetic that wraps; mix is MurmurHash3's finaliser
+    h     = mix(token * 0x9E3779B1 + k0);  h = mix(h ^ k1)   wrapping 32-bit arithmetic; mix: MurmurHash3's finaliser
     E     = -log1p(-(h + 0.5) / 2^32)                        one draw of the exponential distribution, float32
     noise = -log(E)                                          one draw of Gumbel's distribution
 
-The integers are exact on every device, so a compiled twin that follows these lines draws the same numbers up to the last
-bit of its logarithm. Small E decide who wins, and (h + 0.5) / 2^32 keeps full float32 precision there.
+The integers are exact on every device, so a compiled twin that follows these lines draws the same numbers up to the
+last bit of its logarithm. Small E decide who wins, and (h + 0.5) / 2^32 keeps full float32 precision there.
 """
 
 from __future__ import annotations

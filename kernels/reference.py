@@ -84,8 +84,7 @@ def attend_chunk(
     ``query [tokens, heads, head_dim]``; ``blocks [n]`` hold positions 0 to start + tokens - 1, the chunk's own among
     them. Returns ``[tokens, heads, head_dim]``.
     """
-    tokens, heads, head_dim = query.shape
-    block_size, kv_heads = kv.shape[3:5]
+    tokens, block_size = query.shape[0], kv.shape[3]
     end = start + tokens
     if start == 0 and (window is None or tokens <= window):
         key, value = _gather(kv, layer, blocks, 0, end)

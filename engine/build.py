@@ -1,0 +1,238 @@
+"""From settings to a model ready to run: find the files, load the weights, size the KV memory, warm up.
+
+The one place that turns wishes (settings) into facts. Each phase is timed and reported, so that a slow start explains
+itself.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from engine import checkpoint, machine, sizing
+from engine.batch import Row, SampleSpec, StepBatch
+from engine.config_file import ConfigFile
+from engine.facts import EngineFacts
+from engine.families import ModelSpec, read_eos, read_spec
+from engine.kv_memory import KvMemory
+from engine.model import Decoder
+from engine.runner import Runner
+from engine.weights import DummySource, SafetensorsSource, WeightSource, stored_dtype
+from kernels import dispatch
+from proto.control import ModelCard
+from proto.errors import SettingsError
+from proto.hashing import BlockHasher
+from proto.layout import KvLayout
+from proto.request import SamplingParams
+from proto.settings import EngineSettings, ModelSettings
+
+log = logging.getLogger(__name__)
+
+_DTYPES = {"float": "float32", "half": "float16"}
+
+
+@dataclass(frozen=True, slots=True)
+class EngineParts:
+    """What an engine is made of. Whoever builds it closes ``kv``, last."""
+
+    runner: Runner
+    kv: KvMemory
+    facts: EngineFacts
+    card: ModelCard
+    hasher: BlockHasher
+
+
+class _Phases:
+    """Times the steps of the start and tells whoever wants to know."""
+
+    def __init__(self, on_phase: Callable[[str, float], None] | None) -> None:
+        self._on_phase = on_phase
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        began = time.monotonic()
+        yield
+        duration_s = time.monotonic() - began
+        log.info("Start: %s took %.2f s", name, duration_s)
+        if self._on_phase is not None:
+            self._on_phase(name, duration_s)
+
+
+def load_engine_parts(settings: EngineSettings, on_phase: Callable[[str, float], None] | None = None) -> EngineParts:
+    """Builds everything one engine needs; ``on_phase(name, seconds)`` hears of each phase as it ends.
+
+    Phases: find, weights, memory, warmup. Raises SetupError: SettingsError, CheckpointError, UnsupportedModel or
+    DoesNotFit, whose messages say what to change.
+    """
+    phase = _Phases(on_phase)
+    with phase("find"):
+        device = _device(settings.model.device)
+        _set_threads(settings.model.threads, device)
+        folder = checkpoint.locate(settings.model)
+        tokenizer_folder = checkpoint.locate_tokenizer(settings.model, folder)
+        config = ConfigFile.load(folder / "config.json")
+        spec = read_spec(config)
+        dtype = _dtype(settings.model, config, folder)
+        sizing.wanted_length(settings.model.max_model_len, spec.max_context)
+    with phase("weights"):
+        source = _source(settings.model, folder, dtype, device)
+        kernels = dispatch.choose(device, dtype)
+        model = Decoder(spec, source, kernels, device)
+        digest = source.digest(repr(spec))
+    with phase("memory"):
+        facts, kv = _make_memory(settings, spec, digest, dtype, device, kernels.name, _eos(folder, config))
+        runner = Runner(model, kv, facts)
+    if not settings.model.skip_warmup:
+        with phase("warmup"):
+            _warm_up(runner, kv, facts)
+    card, hasher = _name_model(settings, facts, folder, tokenizer_folder)
+    return EngineParts(runner, kv, facts, card, hasher)
+
+
+def _device(wish: str) -> torch.device:
+    has_cuda = torch.cuda.is_available()
+    if wish == "cuda" and not has_cuda:
+        raise SettingsError("device is cuda, but torch finds no CUDA device here.", param="device")
+    return torch.device("cuda" if has_cuda and wish != "cpu" else "cpu")
+
+
+def _set_threads(wish: int | None, device: torch.device) -> None:
+    """Without a wish, OMP_NUM_THREADS counts, and without that the cores that a container's quota leaves."""
+    if wish is not None:
+        torch.set_num_threads(wish)
+    elif device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(min(torch.get_num_threads(), machine.usable_cores()))
+
+
+def _dtype(settings: ModelSettings, config: ConfigFile, folder: Path) -> torch.dtype:
+    name = _DTYPES.get(settings.dtype, settings.dtype)
+    if name == "auto":
+        stated = config.text("dtype", config.text("torch_dtype", "")).removeprefix("torch.")
+        if not stated and settings.load_format != "dummy":
+            stated = stored_dtype(folder) or ""
+        name = stated or "float32"
+    dtypes = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+    if name not in dtypes:
+        raise SettingsError(f"dtype {name} is not supported; choose {', '.join(dtypes)}.", param="dtype")
+    return dtypes[name]
+
+
+def _source(settings: ModelSettings, folder: Path, dtype: torch.dtype, device: torch.device) -> WeightSource:
+    if settings.load_format == "dummy":
+        return DummySource(settings.seed, dtype, device)
+    return SafetensorsSource(folder, dtype, device)
+
+
+def _eos(folder: Path, config: ConfigFile) -> tuple[int, ...]:
+    path = folder / "generation_config.json"
+    return read_eos(config, ConfigFile.load(path) if path.exists() else None)
+
+
+def _make_memory(
+    settings: EngineSettings,
+    spec: ModelSpec,
+    digest: str,
+    dtype: torch.dtype,
+    device: torch.device,
+    kernels: str,
+    eos: tuple[int, ...],
+) -> tuple[EngineFacts, KvMemory]:
+    layout = KvLayout(
+        num_layers=spec.num_layers,
+        block_size=settings.cache.block_size,
+        kv_heads=spec.kv_heads,
+        head_dim=spec.head_dim,
+        dtype=str(dtype).removeprefix("torch."),
+        model_digest=digest,
+    )
+    wanted = sizing.wanted_length(settings.model.max_model_len, spec.max_context)
+    limits = sizing.step_limits(settings.scheduler, device.type, wanted)
+    room = sizing.make_room(
+        layout,
+        settings.cache,
+        limits,
+        max_model_len=settings.model.max_model_len,
+        max_context=spec.max_context,
+        available=_available(settings, spec, limits, dtype, device),
+        device=device.type,
+    )
+    facts = EngineFacts(
+        layout=layout,
+        num_blocks=room.num_blocks,
+        max_model_len=room.max_model_len,
+        max_num_seqs=limits.max_num_seqs,
+        max_num_batched_tokens=limits.max_num_batched_tokens,
+        long_prefill_token_threshold=settings.scheduler.long_prefill_token_threshold,
+        vocab_size=spec.vocab_size,
+        eos_token_ids=eos,
+        numerics=_numerics(device, dtype, kernels),
+        device=str(device),
+    )
+    name = device.type.upper() if device.type == "cpu" else "GPU"
+    log.info("%s KV cache size: %s tokens (%s)", name, f"{facts.num_kv_tokens:,}", room.reason)
+    log.info("Maximum concurrency for %s tokens per request: %.2fx", f"{facts.max_model_len:,}", facts.max_concurrency)
+    return facts, KvMemory(layout, room.num_blocks, device)
+
+
+def _available(
+    settings: EngineSettings, spec: ModelSpec, limits: sizing.StepLimits, dtype: torch.dtype, device: torch.device
+) -> int:
+    """Bytes for KV memory. On a GPU: the share of the whole device, less what is in use and what a step needs."""
+    free = machine.available_memory(device)
+    if device.type == "cpu":
+        return free
+    torch.cuda.empty_cache()
+    total = torch.cuda.get_device_properties(device).total_memory
+    widest = (
+        max(3 * spec.intermediate_size, (spec.num_heads + 2 * spec.kv_heads) * spec.head_dim * 3) + 4 * spec.hidden_size
+    )
+    step = limits.max_num_batched_tokens * widest * dtype.itemsize + limits.max_num_seqs * spec.vocab_size * 4 * 6
+    return max(0, int(total * settings.cache.gpu_memory_utilization) - (total - free) - step)
+
+
+def _numerics(device: torch.device, dtype: torch.dtype, kernels: str) -> str:
+    threads = f" {torch.get_num_threads()} threads" if device.type == "cpu" else ""
+    return f"{kernels}; torch {torch.__version__}; {machine.instruction_set(device)}{threads}; {dtype}"
+
+
+def _warm_up(runner: Runner, kv: KvMemory, facts: EngineFacts) -> None:
+    """One chunk and one decode step, so that libraries choose and compile their kernels before the first request."""
+    num_tokens = min(64, facts.max_num_batched_tokens, facts.max_model_len, facts.num_kv_tokens)
+    blocks = range(-(-num_tokens // facts.block_size))
+    params = SamplingParams(seed=0, temperature=1.0, top_p=0.9)
+    samples = (SampleSpec(choice=0, seed=0, position=0, params=params, prompt=(), output=()),)
+    runner.run(StepBatch((Row([0] * num_tokens, 0, blocks, samples),)))
+    runner.run(StepBatch((Row([0], num_tokens - 1, blocks, samples),)))
+    for block in blocks:
+        kv.zero_tail(block, 0)
+
+
+def _name_model(
+    settings: EngineSettings, facts: EngineFacts, folder: Path, tokenizer_folder: Path
+) -> tuple[ModelCard, BlockHasher]:
+    name = settings.model.model
+    assert name is not None, "a model was located"
+    layout = facts.layout
+    secret = settings.cache.prefix_hash_key.encode()
+    key = hashlib.blake2b(secret).digest() if secret else b""
+    card = ModelCard(
+        model=name,
+        served_names=settings.model.served_model_name or (name,),
+        digest=layout.model_digest,
+        max_model_len=facts.max_model_len,
+        vocab_size=facts.vocab_size,
+        eos_token_ids=facts.eos_token_ids,
+        block_size=layout.block_size,
+        layout=layout.fingerprint(),
+        hash_namespace=layout.fingerprint(),
+        files=checkpoint.card_files(folder, tokenizer_folder),
+    )
+    return card, BlockHasher(card.hash_namespace, layout.block_size, key)
