@@ -15,14 +15,22 @@ import os
 import shutil
 import tempfile
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from proto.settings import EngineSettings
 
 if TYPE_CHECKING:
     import numpy as np
 
 NAME = "tandem-sample"
 """The name clients use for it."""
+
+NOTICE = (
+    "No model was named: serving a tiny model with random weights, made on this machine. Its answers are noise; "
+    "give a folder or hub name to serve your own."
+)
 
 _FOLDER = "sample-model-1"
 """Changes with the content, so that an old cache is never mistaken for the new model."""
@@ -83,6 +91,15 @@ def sample_model(cache: Path) -> Path:
     return folder
 
 
+def with_some_model(engine: EngineSettings, environ: Mapping[str, str] = os.environ) -> EngineSettings:
+    """``engine``; where it names no model, with the sample model, which is written if need be."""
+    if engine.model.model is not None:
+        return engine
+    folder = str(sample_model(cache_folder(environ)))
+    names = engine.model.served_model_name or (NAME,)
+    return replace(engine, model=replace(engine.model, model=folder, served_model_name=names))
+
+
 def write_sample_model(folder: Path) -> None:
     """Writes config, weights, tokenizer and chat template into the empty ``folder``."""
     _write_safetensors(folder / "model.safetensors", _weights())
@@ -107,7 +124,7 @@ def _weights() -> dict[str, np.ndarray]:
     query, kv = 8 * 32, 4 * 32
 
     def linear(rows: int, columns: int) -> np.ndarray:
-        return (random.standard_normal((rows, columns)) * 1.6 / columns**0.5).astype(np.float32)
+        return np.asarray(random.standard_normal((rows, columns)) * 1.6 / columns**0.5, np.float32)
 
     def writing_linear(columns: int) -> np.ndarray:
         weight = linear(hidden, columns)

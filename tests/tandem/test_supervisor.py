@@ -175,8 +175,8 @@ async def test_cancelling_leaves_no_process_behind() -> None:
 
 async def test_very_long_lines_are_cut_not_lost() -> None:
     lines, stop = Lines(), asyncio.Event()
-    code = "print('x' * 200_000); print('\\xff end', flush=True); import signal; signal.pause()"
-    running = asyncio.create_task(Supervisor([[spec("a", code, PYTHONIOENCODING="latin-1")]], lines).run(stop))
+    code = "import signal, sys; sys.stdout.buffer.write(b'x' * 200_000 + b'\\n\\xff end\\n'); sys.stdout.flush(); signal.pause()"
+    running = asyncio.create_task(Supervisor([[spec("a", code)]], lines).run(stop))
     await lines.until_said("a", "\ufffd end")
     assert sum(line.count("x") for _, line in lines.said) == 200_000
     stop.set()
