@@ -1,0 +1,183 @@
+"""A runner whose "model" is a hash of the token history, read back through a fake paged memory.
+
+The memory holds token ids where a real one holds keys and values. The next token depends on every cell that the block
+table leads to, so a wrong table, a block given to two owners, a stale prefix match or a forgotten copy changes it.
+``oracle`` says what the tokens should be from (prompt, seed, position) alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+
+from engine.batch import Row, Sampled, SampleSpec, StepBatch, StepResult
+from engine.facts import EngineFacts
+from proto.ids import BlockId, RequestId
+from proto.layout import KvLayout
+from proto.request import FinishReason, Request, SamplingParams, TokenOut, derive_seed
+
+VOCAB = 16
+EOS = 0
+STOP = 1
+ZERO = -1
+UNWRITTEN = -2
+
+
+def make_facts(
+    num_blocks: int = 32,
+    block_size: int = 4,
+    max_model_len: int = 64,
+    max_num_seqs: int = 8,
+    max_num_batched_tokens: int = 16,
+    long_prefill_token_threshold: int = 0,
+) -> EngineFacts:
+    layout = KvLayout(num_layers=1, block_size=block_size, kv_heads=1, head_dim=8, dtype="float32", model_digest="fake")
+    return EngineFacts(
+        layout=layout,
+        num_blocks=num_blocks,
+        max_model_len=max_model_len,
+        max_num_seqs=max_num_seqs,
+        max_num_batched_tokens=max_num_batched_tokens,
+        long_prefill_token_threshold=long_prefill_token_threshold,
+        vocab_size=VOCAB,
+        eos_token_ids=(EOS,),
+        numerics="fake",
+        device="cpu",
+    )
+
+
+def make_request(
+    name: str,
+    prompt: Sequence[int],
+    *,
+    n: int = 1,
+    max_tokens: int | None = 8,
+    seed: int = 7,
+    min_tokens: int = 0,
+    ignore_eos: bool = False,
+    stop_token_ids: Sequence[int] | None = None,
+    priority: int = 0,
+    salt: str = "",
+    forced: tuple[tuple[int, ...], ...] = (),
+) -> Request:
+    params = SamplingParams(
+        n=n,
+        max_tokens=max_tokens,
+        seed=seed,
+        min_tokens=min_tokens,
+        ignore_eos=ignore_eos,
+        stop_token_ids=stop_token_ids,
+    )
+    return Request(
+        id=RequestId(name),
+        prompt=tuple(prompt),
+        params=params.checked(),
+        cache_salt=salt,
+        priority=priority,
+        forced=forced,
+    )
+
+
+def next_token(history: Sequence[int], seed: int, position: int, suppressed: frozenset[int]) -> int:
+    """The model and its sampler in one pure function. Rarely ends a sequence."""
+    digest = hashlib.blake2b(repr((tuple(history), seed, position)).encode(), digest_size=16).digest()
+    for byte in digest:
+        token = byte % VOCAB
+        if token in (EOS, STOP) and byte >= 2 * VOCAB:
+            token = 2 + byte % (VOCAB - 2)
+        if token not in suppressed:
+            return token
+    return VOCAB - 1
+
+
+def oracle(request: Request, choice: int, facts: EngineFacts, num_kv_tokens: int | None = None) -> list[TokenOut]:
+    """Everything this choice ever generates, forced tokens not repeated. Shares no code with the engine."""
+    params = request.params
+    limit = facts.max_model_len
+    if params.max_tokens is None:
+        limit = min(limit, (num_kv_tokens or facts.num_kv_tokens) + 1)
+    stops = set(params.stop_token_ids or ())
+    forced = request.forced[choice] if request.forced else ()
+    output: list[int] = []
+    made: list[TokenOut] = []
+    while True:
+        position = len(output)
+        early = position < params.min_tokens
+        if position < len(forced):
+            token = forced[position]
+        else:
+            suppressed = frozenset(stops | {EOS}) if early else frozenset()
+            history = (*request.prompt, *output)
+            token = next_token(history, derive_seed(request.seed, choice), position, suppressed)
+        output.append(token)
+        finish, stop_token = None, None
+        if not early and token == EOS and not params.ignore_eos:
+            finish = FinishReason.STOP
+        elif not early and token in stops:
+            finish, stop_token = FinishReason.STOP, token
+        elif len(output) == params.max_tokens or len(request.prompt) + len(output) >= limit:
+            finish = FinishReason.LENGTH
+        if position >= len(forced):
+            made.append(TokenOut(request.id, choice, position, token, None, finish, stop_token))
+        if finish is not None:
+            return made
+
+
+class FakeMemory:
+    """``cells[block][slot]`` is the token whose keys and values would be there."""
+
+    def __init__(self, facts: EngineFacts) -> None:
+        self.block_size = facts.block_size
+        self.cells = [[UNWRITTEN] * facts.block_size for _ in range(facts.num_blocks)]
+
+    def zero_tail(self, block: BlockId, num_valid_tokens: int) -> None:
+        assert 0 < num_valid_tokens < self.block_size
+        self.cells[block][num_valid_tokens:] = [ZERO] * (self.block_size - num_valid_tokens)
+
+    def read(self, table: Sequence[int], num_tokens: int) -> list[int]:
+        return [self.cells[table[i // self.block_size]][i % self.block_size] for i in range(num_tokens)]
+
+
+class FakeRunner:
+    """Reads what each row attends to before any row writes, as rows of one forward pass may not rely on each other."""
+
+    def __init__(self, memory: FakeMemory, facts: EngineFacts) -> None:
+        self.memory = memory
+        self.facts = facts
+        self.batches: list[StepBatch] = []
+        self.failures: list[BaseException] = []
+        self.on_run = lambda: None
+
+    def run(self, batch: StepBatch) -> StepResult:
+        self.batches.append(batch)
+        self.on_run()
+        if self.failures:
+            raise self.failures.pop()
+        assert 0 < batch.num_tokens <= self.facts.max_num_batched_tokens
+        assert len(batch.rows) <= self.facts.max_num_seqs
+        cells = self.memory.cells
+        assert len({copy for _, copy in batch.copies}) == len(batch.copies)
+        for source, copy in batch.copies:
+            cells[copy][:] = cells[source]
+        pasts = [self.memory.read(row.block_table, row.start) for row in batch.rows]
+        written: set[tuple[int, int]] = set()
+        for row in batch.rows:
+            self._write(row, written)
+        return tuple(
+            tuple(self._sample([*past, *row.tokens], spec) for spec in row.samples)
+            for past, row in zip(pasts, batch.rows, strict=True)
+        )
+
+    def _write(self, row: Row, written: set[tuple[int, int]]) -> None:
+        size = self.memory.block_size
+        assert len(row.block_table) == -(-(row.start + len(row.tokens)) // size)
+        for index, token in enumerate(row.tokens, row.start):
+            cell = (row.block_table[index // size], index % size)
+            assert cell not in written, "two rows write the same place"
+            written.add(cell)
+            self.memory.cells[cell[0]][cell[1]] = token
+
+    def _sample(self, history: list[int], spec: SampleSpec) -> Sampled:
+        assert len(history) == len(spec.prompt) + len(spec.output)
+        assert spec.position == len(spec.output)
+        return Sampled(next_token(history, spec.seed, spec.position, spec.suppressed))
