@@ -15,28 +15,27 @@ from dataclasses import dataclass, field
 from proto.control import Attach
 from proto.handoff import SealedChoice
 from proto.ids import BlockHash, Generation, RequestId, try_id
-from proto.request import TokenOut
+from proto.lifecycle import Stage
+from proto.request import Request, TokenOut
+from worker.stages import StageClock
 
 
-@dataclass(frozen=True, slots=True)
-class Arrived:
-    """The prompt's KV is here, verified. ``hashes`` are what it was offered as."""
-
-    hashes: tuple[BlockHash, ...]
-    choices: tuple[SealedChoice, ...]
-    num_bytes: int
-    duration_s: float
-
-
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Seat:
     request: RequestId
     generation: Generation
     attach: Attach | None = None
-    arrived: Arrived | None = None
+    hashes: tuple[BlockHash, ...] = ()
+    """What the prompt's blocks were offered as."""
+    is_receiving: bool = False
+    """Its hand-off may be writing into reserved blocks: only the receive session's ``freed`` gives them back."""
+    arrived: tuple[SealedChoice, ...] | None = None
+    """The first tokens, once every block is here and verified."""
     must_compute: bool = False
     """The KV that came was damaged: this worker computes the prompt itself."""
     is_running: bool = False
+    num_cached: int = 0
+    clock: StageClock = field(default_factory=lambda: StageClock(Stage.ROUTED))
     open_choices: set[int] = field(default_factory=set)
     emitted: list[TokenOut] = field(default_factory=list)
     """Every token made here, for a router that comes back and asks from a position."""
@@ -49,6 +48,11 @@ class Seat:
     @property
     def is_done(self) -> bool:
         return self.is_running and not self.open_choices
+
+    def begin(self, request: Request) -> None:
+        """The engine has the request. Choices that were finished elsewhere are closed by their first news."""
+        self.is_running = True
+        self.open_choices = set(range(request.params.n))
 
     def record(self, token: TokenOut) -> None:
         self.emitted.append(token)

@@ -47,6 +47,9 @@ class EngineEvents(Protocol):
 
     def stepped(self, news: StepNews) -> None: ...
 
+    def load_changed(self, load: Load) -> None:
+        """A call changed it, between two steps."""
+
     def cache_changed(self, events: list[CacheEvent]) -> None: ...
 
     def crashed(self, error: BaseException) -> None:
@@ -117,6 +120,8 @@ class EngineHost:
                 return fn(core)
             finally:
                 self._collect_cache_events(core)
+                load = core.load()
+                self._hop(lambda: self._events.load_changed(load))
 
         return self._loop.call(run_and_collect)
 

@@ -39,6 +39,8 @@ from worker.routers import RouterStreams
 log = logging.getLogger(__name__)
 
 LOAD_REPORT_EVERY_S = 0.1
+TOMBSTONE_S = 3600.0
+"""How long an ended request is remembered, so that a late message revives nothing: longer than any request lives."""
 _UNKNOWN_LOAD = Load()
 
 
@@ -89,7 +91,9 @@ class WorkerService:
         build_tier: Callable[[WorkerContext], TierParts],
     ) -> None:
         if ledger.redis is None:
-            raise SettingsError(f"tandem {role.value} meets the other tiers at a Redis: give --redis URL (or TANDEM_REDIS)")
+            raise SettingsError(
+                f"tandem {role.value} meets the other tiers at a Redis: give --redis URL (or TANDEM_REDIS)"
+            )
         self._role = role
         self._engine_settings = engine
         self._settings = worker
@@ -280,7 +284,7 @@ def advertised(settings: WorkerSettings, port: int) -> str:
     told = settings.advertise
     if told is not None:
         return told if _names_a_port(told) else join_address(told, port)
-    if settings.host not in ("0.0.0.0", "::", ""):  # noqa: S104 - compared, not listened on
+    if settings.host not in ("0.0.0.0", "::", ""):
         return join_address(settings.host, port)
     try:
         return join_address(socket.gethostbyname(socket.gethostname()), port)

@@ -1,0 +1,294 @@
+"""The prefill tier's decisions: whose prompt is computed, when its blocks are offered, and when they are let go.
+
+    Prefill ──▶ QUEUED ──engine starts──▶ PREFILLING, Offer ──Grant──▶ STREAMING ──▶ SEALED ──Adopted──▶ released
+                                                        └─ Refuse, or D lost: held under the lease; the router is told,
+                                                           and answers with Redirect or Abort
+
+Runs on the event loop. Knows nothing of HTTP, of text, or of how a hand-off's messages travel.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Literal
+
+from engine.output import Filled
+from kvtransfer.fences import FenceTable
+from kvtransfer.intake import PEER_LOST
+from prefill.handoff import Dispatcher
+from prefill.job import Job
+from proto.control import Abort, Failed, FromRouter, Prefill, Progress, Redirect, Rejected, RejectReason, Renew
+from proto.errors import Overloaded, StaleMessage, TandemError
+from proto.handoff import Fence, RefuseReason, SealedChoice
+from proto.ids import Epoch, Generation, RequestId
+from proto.lifecycle import Stage
+from proto.request import TokenOut
+from service.metrics import WorkerMetrics
+from worker.host import EngineHost, StepNews
+from worker.leases import Leases
+from worker.routers import RouterStreams
+from worker.tasks import Tasks
+
+log = logging.getLogger(__name__)
+
+
+class PrefillTier:
+    """Serves routers' prompts on one engine. ``close`` lets go of everything."""
+
+    def __init__(
+        self,
+        host: EngineHost,
+        routers: RouterStreams,
+        dispatcher: Dispatcher,
+        fences: FenceTable,
+        *,
+        epoch: Epoch,
+        metrics: WorkerMetrics,
+        max_held: int,
+    ) -> None:
+        self._host = host
+        self._routers = routers
+        self._dispatcher = dispatcher
+        self._fences = fences
+        self._epoch = epoch
+        self._metrics = metrics
+        self._max_held = max_held
+        self._jobs: dict[RequestId, Job] = {}
+        self._by_key: dict[RequestId, Job] = {}
+        self._leases = Leases(self._lease_ended)
+        self._tasks = Tasks()
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self.is_draining = False
+
+    async def drained(self) -> None:
+        """Returns once no prompt is waiting, computed here, or on its way."""
+        await self._idle.wait()
+
+    async def close(self) -> None:
+        for job in list(self._jobs.values()):
+            self._drop(job, "the prefill worker stops")
+        self._leases.close()
+        await self._tasks.aclose()
+
+    # What routers say.
+
+    def handle(self, message: FromRouter) -> None:
+        match message:
+            case Prefill():
+                self._prefill(message)
+            case Redirect():
+                self._redirect(message)
+            case Abort():
+                self._abort(message)
+            case Renew():
+                for request in message.requests:
+                    self._leases.renew(request, message.lease_s)
+                    if (job := self._jobs.get(request)) and job.session is not None:
+                        job.session.renew(message.lease_s)
+            case _:
+                log.warning("a prefill worker was sent %s; it is ignored", type(message).__name__)
+
+    def _prefill(self, message: Prefill) -> None:
+        request, generation = message.request, message.generation
+        if self.is_draining:
+            self._reject(request.id, generation, RejectReason.DRAINING, "the prefill worker is draining")
+            return
+        job = Job.of(message)
+        try:
+            self._open_fence(job)
+        except StaleMessage as stale:
+            self._reject(request.id, generation, RejectReason.STALE, stale.message)
+            return
+        self._jobs[request.id] = self._by_key[job.key] = job
+        self._idle.clear()
+        self._leases.grant(request.id, message.lease_s)
+        engine_request = replace(request, id=job.key)
+        admitted = self._host.post(lambda core: core.add(engine_request, hold=True))
+        self._tasks.spawn(self._admit(job, admitted))
+
+    async def _admit(self, job: Job, admitted: asyncio.Future[None]) -> None:
+        try:
+            await admitted
+        except Overloaded as full:
+            self._reject(job.request.id, job.generation, RejectReason.FULL, full.message, full.retry_after_s)
+            self._drop(job, full.message)
+        except TandemError as error:
+            failed = Failed(job.request.id, job.generation, error.status, error.kind, error.message, error.param)
+            self._routers.send(job.request.id, failed)
+            self._drop(job, error.message)
+
+    def _redirect(self, message: Redirect) -> None:
+        job = self._jobs.get(message.request)
+        if job is None:
+            text = "the prompt's blocks are not held here any more"
+            self._reject(message.request, message.generation, RejectReason.UNKNOWN, text)
+            return
+        if message.generation <= job.generation:
+            self._reject(message.request, message.generation, RejectReason.STALE, f"already at {job.generation}")
+            return
+        job.generation, job.decode, job.is_held = message.generation, message.decode, False
+        self._open_fence(job)
+        if job.session is not None:
+            job.session.redirect(message.generation, message.decode)
+
+    def _abort(self, message: Abort) -> None:
+        self._fences.end(message.request, message.generation, self._now())
+        job = self._jobs.get(message.request)
+        if job is not None and job.generation <= message.generation and not message.choices:
+            self._drop(job, "aborted")
+
+    def _open_fence(self, job: Job) -> None:
+        """One live try per request: an older one is dropped, an equal or older message is refused."""
+        fence = Fence(job.request.id, job.generation, self._epoch, self._epoch)
+        self._fences.open(fence, self._now(), lambda newer: self._superseded(job, newer))
+
+    def _superseded(self, job: Job, newer: Generation) -> None:
+        if job.generation < newer:
+            self._drop(job, f"superseded by generation {newer}")
+
+    # What the engine says.
+
+    def started(self, request: RequestId) -> None:
+        if (job := self._by_key.get(request)) is None:
+            return
+        self._progress(job, Stage.PREFILLING)
+        job.session = self._dispatcher.session(job, _News(self, job))
+        self._tasks.spawn(job.session.run())
+
+    def stepped(self, news: StepNews) -> None:
+        output = news.output
+        for key, num_cached in zip(output.started, output.num_cached, strict=True):
+            if job := self._by_key.get(key):
+                job.num_cached = num_cached
+        first_tokens: dict[RequestId, list[TokenOut]] = {}
+        for token in output.tokens:
+            first_tokens.setdefault(token.request, []).append(token)
+        self._send_tokens(first_tokens)
+        for filled in output.filled:
+            if job := self._by_key.get(filled.request):
+                self._pass_on(job, filled, first_tokens.get(filled.request, []))
+        for key, tokens in first_tokens.items():
+            if (job := self._by_key.get(key)) and all(token.finish is not None for token in tokens):
+                self._progress(job, Stage.SEALED, num_cached=job.num_cached)
+                self._drop(job, "finished at the first token")
+
+    def _send_tokens(self, first_tokens: dict[RequestId, list[TokenOut]]) -> None:
+        """At once, whatever the decode worker does: the time to the first token is the prefill's."""
+        self._routers.send_tokens(
+            (job.generation, replace(token, request=job.request.id))
+            for key, tokens in first_tokens.items()
+            if (job := self._by_key.get(key))
+            for token in tokens
+        )
+
+    def _pass_on(self, job: Job, filled: Filled, first_tokens: Sequence[TokenOut]) -> None:
+        assert job.session is not None, "blocks are filled after the request has started"
+        if filled.blocks:
+            job.session.blocks_ready(filled.first_index, filled.blocks)
+        if filled.sealed:
+            job.is_computed = True
+            choices = tuple(SealedChoice(token.token) for token in sorted(first_tokens, key=lambda each: each.choice))
+            self._progress(job, Stage.SEALED, num_cached=job.num_cached)
+            job.session.seal(filled.first_index + len(filled.blocks), filled.num_tokens_last, choices)
+
+    def crashed(self, error: BaseException) -> None:
+        for job in list(self._jobs.values()):
+            self._drop(job, f"the engine failed: {error}")
+
+    # What hand-offs say.
+
+    def granted(self, job: Job, transport: str) -> None:
+        job.transport = transport
+        if job.clock.stage is Stage.PREFILLING:
+            self._progress(job, Stage.STREAMING)
+
+    def held(self, job: Job, reason: RejectReason, message: str) -> None:
+        if job.key not in self._by_key:
+            return
+        job.is_held = True
+        self._reject(job.request.id, job.generation, reason, message, held=True)
+        held = [each for each in self._jobs.values() if each.is_held and each.is_computed]
+        self._metrics.set_held(len(held))
+        if len(held) > self._max_held:
+            newest = held[-1]
+            text = f"more than {self._max_held} computed prompts wait for a decode worker"
+            self._reject(newest.request.id, newest.generation, RejectReason.FULL, text)
+            self._drop(newest, text)
+
+    def adopted(self, job: Job, num_bytes: int, duration_s: float) -> None:
+        self._metrics.transferred(job.transport, num_bytes, duration_s)
+
+    def released(self, job: Job) -> None:
+        """Nothing reads the blocks any more."""
+        self._drop(job, "the hand-off has ended")
+        self._host.tell(lambda core: core.abort(job.key))
+
+    # The end of a job.
+
+    def _lease_ended(self, request: RequestId) -> None:
+        if job := self._jobs.get(request):
+            log.warning("request %s: no news from its router, its lease has ended", request)
+            self._drop(job, "the lease has ended")
+
+    def _drop(self, job: Job, reason: str) -> None:
+        """Forgets the job. Its blocks are freed now, or when its session has let go of them. May be called twice."""
+        if self._by_key.pop(job.key, None) is None:
+            return
+        if self._jobs.get(job.request.id) is job:
+            del self._jobs[job.request.id]
+            self._leases.end(job.request.id)
+        fence = Fence(job.request.id, job.generation, self._epoch, self._epoch)
+        self._fences.close(fence, self._now())
+        if job.session is not None:
+            job.session.withdraw(reason)
+        else:
+            self._host.tell(lambda core: core.abort(job.key))
+        if not self._jobs:
+            self._idle.set()
+
+    # Helpers.
+
+    def _progress(self, job: Job, stage: Stage, *, num_cached: int = 0) -> None:
+        spent = job.clock.enter(stage)
+        news = Progress(job.request.id, job.generation, stage, num_cached=num_cached, duration_s=spent)
+        self._routers.send(job.request.id, news)
+
+    def _reject(
+        self,
+        request: RequestId,
+        generation: Generation,
+        reason: RejectReason,
+        message: str,
+        retry_after_s: float | None = None,
+        *,
+        held: bool = False,
+    ) -> None:
+        self._routers.send(request, Rejected(request, generation, reason, message, retry_after_s, held))
+
+    def _now(self) -> float:
+        return asyncio.get_running_loop().time()
+
+
+class _News:
+    """What one job's session tells the tier (``SendEvents``)."""
+
+    def __init__(self, tier: PrefillTier, job: Job) -> None:
+        self._tier = tier
+        self._job = job
+
+    def granted(self, num_present: int, transport: str) -> None:
+        self._tier.granted(self._job, transport)
+
+    def held(self, reason: RefuseReason | Literal["peer_lost"], message: str) -> None:
+        why = RejectReason.PEER_LOST if reason == PEER_LOST else RejectReason.REFUSED
+        self._tier.held(self._job, why, message)
+
+    def adopted(self, num_bytes: int, duration_s: float) -> None:
+        self._tier.adopted(self._job, num_bytes, duration_s)
+
+    def released(self) -> None:
+        self._tier.released(self._job)
