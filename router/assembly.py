@@ -9,26 +9,26 @@ position 1 may well arrive before position 0. Knows positions; knows no workers 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterator
 
 from proto.errors import RemoteProtocolError
-from proto.request import TokenOut
+from proto.request import FinishReason, TokenOut
 
 MAX_HELD_BACK = 1024
 
 
 class _Choice:
-    __slots__ = ("finished", "held_back", "stopped", "tokens")
+    __slots__ = ("finish", "held_back", "stopped", "tokens")
 
     def __init__(self) -> None:
         self.tokens: list[int] = []
         self.held_back: dict[int, TokenOut] = {}
-        self.finished = False
+        self.finish: FinishReason | None = None
         self.stopped = False
 
     @property
     def is_done(self) -> bool:
-        return self.finished or self.stopped
+        return self.finish is not None or self.stopped
 
 
 class TokenAssembly:
@@ -86,14 +86,16 @@ class TokenAssembly:
         """Whether a running choice still waits for its first token."""
         return any(not choice.tokens and not choice.is_done for choice in self._choices)
 
-    def is_stopped(self, choice: int) -> bool:
-        return self._choices[choice].stopped
+    def finishes(self) -> tuple[FinishReason, ...]:
+        """Why each choice that is over ended; a stop string is a stop."""
+        reasons = (choice.finish or (FinishReason.STOP if choice.stopped else None) for choice in self._choices)
+        return tuple(reason for reason in reasons if reason is not None)
 
     def done_choices(self) -> tuple[int, ...]:
         return tuple(at for at, choice in enumerate(self._choices) if choice.is_done)
 
     def stopped_choices(self) -> tuple[int, ...]:
-        return tuple(at for at, choice in enumerate(self._choices) if choice.stopped and not choice.finished)
+        return tuple(at for at, choice in enumerate(self._choices) if choice.stopped and choice.finish is None)
 
     def accepted(self) -> tuple[tuple[int, ...], ...]:
         """Per choice, every token accepted so far: what a resume forces."""
@@ -103,10 +105,10 @@ class TokenAssembly:
         """Per choice, the next position wanted."""
         return tuple(len(choice.tokens) for choice in self._choices)
 
-    def _in_order(self, choice: _Choice) -> Iterable[TokenOut]:
+    def _in_order(self, choice: _Choice) -> Iterator[TokenOut]:
         while (out := choice.held_back.pop(len(choice.tokens), None)) is not None:
             choice.tokens.append(out.token)
             yield out
             if out.finish is not None:
-                choice.finished = True
+                choice.finish = out.finish
                 choice.held_back.clear()

@@ -5,13 +5,15 @@ Knows no order of events; that is ``life``'s.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 from proto.control import FromRouter
 from proto.ids import Epoch, Generation, RequestId
-from proto.request import Request
+from proto.lifecycle import Stage
+from proto.request import FinishReason, Request, TokenOut
+from router.contract import StageTimes
 from router.policy import Candidate, Decision, Way
 from router.recovery import Remedy, Side
 from router.stages import StageChange
@@ -55,12 +57,41 @@ class Dispatcher(Protocol):
 
     def mark_draining(self, epoch: Epoch) -> None: ...
 
-    def stage_changed(self, change: StageChange) -> None: ...
-
-    def recovering(self, request: RequestId, remedy: Remedy) -> None: ...
-
     def ended(self, request: RequestId) -> None:
         """Called exactly once per life that began."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RequestEnd:
+    """What is known of a request when it ends. ``times`` are the seconds in each stage, over all tries."""
+
+    request: Request
+    label: str
+    stage: Stage
+    finishes: tuple[FinishReason, ...]
+    num_generated: int
+    num_cached: int
+    num_bytes_moved: int
+    total_s: float
+    times: StageTimes
+
+
+class Listener(Protocol):
+    """Who is told what happens to requests (``observing``). Every method returns at once and never raises."""
+
+    def stage_changed(self, change: StageChange) -> None: ...
+
+    def placed(self, *, local: bool) -> None: ...
+
+    def recovering(self, remedy: Remedy) -> None: ...
+
+    def tokens_came(self, tokens: Sequence[TokenOut], at: float) -> None:
+        """New tokens of one request, each once, at ``at`` on the router's clock."""
+
+    def refused(self, reason: str) -> None:
+        """A message was not applied: ``stale``, ``unknown``, ``duplicate`` or ``conflict``."""
+
+    def ended(self, end: RequestEnd) -> None: ...
 
 
 @dataclass(slots=True)

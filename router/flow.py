@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections import Counter, defaultdict
-from collections.abc import AsyncIterator, Callable, Sequence
-from dataclasses import dataclass, field
+from collections import defaultdict
+from collections.abc import AsyncIterator, Sequence
 from typing import Protocol
 
 from proto.control import Failed, FromRouter, FromWorker, Progress, Rejected, Renew, Tokens
@@ -19,13 +18,11 @@ from proto.hashing import BlockHasher
 from proto.ids import BlockHash, Epoch, RequestId, WorkerId
 from proto.request import Request, TokenOut
 from router.admission import Admission
-from router.attempt import Cancellable, Rules, Timers
+from router.attempt import Cancellable, Listener, Rules, Timers
 from router.contract import NewRequest, StageTimes
 from router.life import Life
 from router.policy import Ask, Candidate, Decision, View, Way, Weights, choose
 from router.prefix_index import PrefixIndex
-from router.recovery import Remedy
-from router.stages import StageChange
 
 log = logging.getLogger(__name__)
 
@@ -44,16 +41,6 @@ class Fleet(Protocol):
     def mark_full(self, epoch: Epoch, seconds: float) -> None: ...
 
     def mark_draining(self, epoch: Epoch) -> None: ...
-
-
-@dataclass(slots=True)
-class FlowCounts:
-    """Totals since start: late or foreign messages, repeated tokens, and what recovery did."""
-
-    num_stale: int = 0
-    num_duplicates: int = 0
-    num_conflicts: int = 0
-    remedies: Counter[Remedy] = field(default_factory=Counter)
 
 
 class RequestStream:
@@ -100,10 +87,7 @@ class RequestStream:
 
 
 class Flow:
-    """``start`` requests once ``open``; feed it ``message_came``, ``worker_up`` and ``worker_down``. One event loop.
-
-    ``on_stage`` hears of every stage of every request, in order.
-    """
+    """``start`` requests once ``open``; feed it ``message_came``, ``worker_up`` and ``worker_down``. One event loop."""
 
     def __init__(
         self,
@@ -112,7 +96,7 @@ class Flow:
         admission: Admission,
         rules: Rules,
         weights: Weights,
-        on_stage: Callable[[StageChange], None],
+        listener: Listener,
         timers: Timers | None = None,
     ) -> None:
         self._fleet = fleet
@@ -120,7 +104,7 @@ class Flow:
         self._admission = admission
         self._rules = rules
         self._weights = weights
-        self._on_stage = on_stage
+        self._listener = listener
         self._given_timers = timers
         self._lives: dict[RequestId, Life] = {}
         self._hashes: dict[RequestId, Sequence[BlockHash]] = {}
@@ -128,7 +112,6 @@ class Flow:
         self._renewal: Cancellable | None = None
         self._idle = asyncio.Event()
         self._idle.set()
-        self.counts = FlowCounts()
 
     @property
     def num_inflight(self) -> int:
@@ -142,7 +125,7 @@ class Flow:
     async def start(self, new: NewRequest) -> RequestStream:
         """Admits and places a request. Raises Overloaded, NoWorker or Unavailable, and then nothing is left of it."""
         request = self._admission.admit(new)
-        life = Life(request, new.label, self._rules, self, self._timers)
+        life = Life(request, new.label, self._rules, self, self._listener, self._timers)
         try:
             self._hashes[request.id] = self._fleet.hasher().full_blocks(request.prompt, request.cache_salt)
             self._lives[request.id] = life
@@ -227,17 +210,11 @@ class Flow:
     def mark_draining(self, epoch: Epoch) -> None:
         self._fleet.mark_draining(epoch)
 
-    def stage_changed(self, change: StageChange) -> None:
-        self._on_stage(change)
-
-    def recovering(self, request: RequestId, remedy: Remedy) -> None:
-        self.counts.remedies[remedy] += 1
-
     def ended(self, request: RequestId) -> None:
-        life = self._lives[request]
-        self.counts.num_stale += life.num_stale
-        self.counts.num_duplicates += life.assembly.num_duplicates
-        self.counts.num_conflicts += life.assembly.num_conflicts
+        assembly = self._lives[request].assembly
+        for reason, count in (("duplicate", assembly.num_duplicates), ("conflict", assembly.num_conflicts)):
+            for _ in range(count):
+                self._listener.refused(reason)
         self._forget(request)
 
     # Small steps.
@@ -248,7 +225,8 @@ class Flow:
 
     def _life(self, request: RequestId) -> Life | None:
         life = self._lives.get(request)
-        self.counts.num_stale += life is None
+        if life is None:
+            self._listener.refused("unknown")
         return life
 
     def _tokens_came(self, epoch: Epoch, message: Tokens) -> None:

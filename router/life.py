@@ -19,7 +19,7 @@ from proto.ids import Epoch, Generation, RequestId, WorkerId
 from proto.lifecycle import Stage
 from proto.request import Request, TokenOut
 from router.assembly import TokenAssembly
-from router.attempt import Cancellable, Dispatcher, Rules, Timers, Try
+from router.attempt import Cancellable, Dispatcher, Listener, RequestEnd, Rules, Timers, Try
 from router.buffer import TokenBuffer
 from router.policy import Candidate, Decision, Way
 from router.recovery import Remedy, Side, Situation, after_loss, after_rejection, error_of, is_nobodys_fault
@@ -35,21 +35,29 @@ _LONGEST_PAUSE_S = 1.0
 class Life:
     """One request. ``begin`` once; afterwards every method may be called at any time, also after the end."""
 
-    def __init__(self, request: Request, label: str, rules: Rules, dispatcher: Dispatcher, timers: Timers) -> None:
+    def __init__(
+        self,
+        request: Request,
+        label: str,
+        rules: Rules,
+        dispatcher: Dispatcher,
+        listener: Listener,
+        timers: Timers,
+    ) -> None:
         self.request = request
         self.label = label
         self.buffer = TokenBuffer()
         self.assembly = TokenAssembly(request.params.n)
         self.num_cached = 0
         self.num_bytes_moved = 0
-        self.num_stale = 0
         self.prefill_worker: WorkerId | None = None
         self.decode_worker: WorkerId | None = None
-        self.error: TandemError | None = None
         self._rules = rules
         self._dispatcher = dispatcher
+        self._listener = listener
         self._timers = timers
-        self._clock = StageClock(timers.time())
+        self._arrived = timers.time()
+        self._clock = StageClock(self._arrived)
         self._try = Try(Generation(0), None, Generation(0), None, local=True)
         self._need: Remedy | None = None
         self._avoid: set[Epoch] = set()
@@ -98,6 +106,7 @@ class Life:
         """Places the request and tells its workers. Raises NoWorker or Overloaded, and then nothing has happened."""
         decision = self._dispatcher.place(self.request, Way.PAIR, frozenset(), "")
         self._deadline = self._timers.call_later(self._rules.request_timeout_s, self._expire)
+        self._listener.placed(local=decision.local)
         self._start(decision, Remedy.RESTART)
 
     def close(self) -> None:
@@ -124,12 +133,14 @@ class Life:
             return
         self._note_tokens_from(side)
         try:
-            for out in tokens:
-                self.buffer.push(self.assembly.accept(out))
+            accepted = [ready for out in tokens for ready in self.assembly.accept(out)]
         except RemoteProtocolError as error:
             log.error("%s: a worker broke the protocol: %s", self.id, error)
             self._recover(self._situation().again)
             return
+        if accepted:
+            self._listener.tokens_came(accepted, self._timers.time())
+            self.buffer.push(accepted)
         if self.assembly.is_complete:
             self._end(Stage.FINISHED, None)
         elif len(self.buffer) > self._rules.max_buffered_tokens:
@@ -228,7 +239,7 @@ class Life:
             stage = self.stage.value
             self.fail(WorkerLost(f"given up after {self._num_faults} attempts, the last in stage {stage}", stage=stage))
             return
-        self._dispatcher.recovering(self.id, remedy)
+        self._listener.recovering(remedy)
         self._cancel_verdict()
         self.assembly.forget_held_back()
         self._let_go(keep_prefill=remedy is Remedy.REDIRECT)
@@ -310,7 +321,8 @@ class Life:
         if self.is_over:
             return None
         side = self._try.admits(epoch, generation)
-        self.num_stale += side is None
+        if side is None:
+            self._listener.refused("stale")
         return side
 
     def _note_tokens_from(self, side: Side) -> None:
@@ -351,7 +363,7 @@ class Life:
     def _advance(self, stage: Stage) -> None:
         now = self._timers.time()
         for previous, seconds, entered in self._clock.advance(stage, now):
-            self._dispatcher.stage_changed(
+            self._listener.stage_changed(
                 StageChange(
                     request=self.id,
                     label=self.label,
@@ -360,8 +372,8 @@ class Life:
                     stage=entered,
                     seconds=seconds,
                     at=now,
-                    prefill_worker=self.prefill_worker,
-                    decode_worker=self.decode_worker,
+                    prefill=self._try.prefill.epoch if self._try.prefill else None,
+                    decode=self._try.decode.epoch if self._try.decode else None,
                 )
             )
 
@@ -377,10 +389,23 @@ class Life:
         self._cancel_verdict()
         if self._deadline is not None:
             self._deadline.cancel()
-        self.error = error
         self._advance(stage)
         self.buffer.end(error)
+        self._listener.ended(self._end_report())
         self._dispatcher.ended(self.id)
+
+    def _end_report(self) -> RequestEnd:
+        return RequestEnd(
+            request=self.request,
+            label=self.label,
+            stage=self.stage,
+            finishes=self.assembly.finishes(),
+            num_generated=sum(self.assembly.positions()),
+            num_cached=self.num_cached,
+            num_bytes_moved=self.num_bytes_moved,
+            total_s=self._timers.time() - self._arrived,
+            times=self.times,
+        )
 
     def _cancel_pause(self) -> None:
         if self._pause is not None:

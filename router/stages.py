@@ -9,10 +9,9 @@ from __future__ import annotations
 
 import functools
 from collections import deque
-from collections.abc import Callable
 from dataclasses import dataclass
 
-from proto.ids import Generation, RequestId, WorkerId
+from proto.ids import Epoch, Generation, RequestId
 from proto.lifecycle import Stage, may_follow
 
 
@@ -27,11 +26,9 @@ class StageChange:
     stage: Stage
     seconds: float
     at: float
-    prefill_worker: WorkerId | None
-    decode_worker: WorkerId | None
-
-
-StageListener = Callable[[StageChange], None]
+    prefill: Epoch | None
+    """The prefill worker of this try, while there is one; so for ``decode``."""
+    decode: Epoch | None
 
 
 @functools.cache
