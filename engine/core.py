@@ -12,13 +12,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from engine.batch import Row, Sampled, StepBatch, StepResult
+from engine.batch import Row, StepBatch, StepResult
 from engine.block_pool import BlockPool
 from engine.facts import EngineFacts
-from engine.output import Filled, StepOutput
+from engine.outcome import KvLike, Outcome
+from engine.output import StepOutput
 from engine.population import Population
 from engine.prefix_cache import CacheEvent, PrefixCache
-from engine.rules import Ending, FinishRules, check_request, check_room
+from engine.rules import FinishRules, check_request, check_room
 from engine.scheduler import Schedule, Scheduler, SchedulerLimits
 from engine.sequence import Reservation, Running, Track, num_blocks_for
 from engine.stats import EngineStats, Meter
@@ -26,19 +27,13 @@ from proto.control import Load
 from proto.errors import LocalProtocolError, Overloaded, RemoteProtocolError
 from proto.hashing import BlockHasher
 from proto.ids import BlockHash, BlockId, RequestId
-from proto.request import Request, TokenOut
+from proto.request import Request
 
 
 class RunnerLike(Protocol):
     """Computes a batch; see ``engine.batch`` for what it is given and gives back."""
 
     def run(self, batch: StepBatch) -> StepResult: ...
-
-
-class KvLike(Protocol):
-    """The part of the KV memory that is not the runner's business."""
-
-    def zero_tail(self, block: BlockId, num_valid_tokens: int) -> None: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,82 +160,24 @@ class EngineCore:
         )
 
     def _apply(self, step: _Step, result: StepResult) -> StepOutput:
-        tokens: list[TokenOut] = []
-        filled: list[Filled] = []
         num_cached = tuple(self._live.known[request].num_cached for request in step.started)
-        num_prompt_tokens = 0
+        outcome = Outcome(self._live, self._kv, self._facts.block_size)
         for (sequence, num_tokens), sampled in zip(step.rows, result, strict=True):
-            num_prompt_tokens += num_tokens if sequence.is_prefilling else 0
-            sequence.num_computed += num_tokens
-            self._live.cache_full_blocks(sequence)
-            if sequence.track.is_held:
-                filled += self._advance_held(sequence, sampled, tokens)
-            elif sampled:
-                self._advance(sequence, sampled, tokens)
+            outcome.apply(sequence, num_tokens, sampled)
         duration_s = self._clock() - step.began
         preempted = tuple(victim.track.id for victim in step.schedule.preemptions)
         self._meter.num_preemptions += len(preempted)
         if step.rows:
-            self._meter.count_step(num_prompt_tokens, len(tokens), duration_s)
+            self._meter.count_step(outcome.num_prompt_tokens, len(outcome.tokens), duration_s)
         return StepOutput(
-            tokens=tuple(tokens),
+            tokens=tuple(outcome.tokens),
             started=step.started,
-            filled=tuple(filled),
+            filled=tuple(outcome.filled),
             preempted=preempted,
             num_tokens=sum(num_tokens for _, num_tokens in step.rows),
             duration_s=duration_s,
             num_cached=num_cached,
         )
-
-    def _advance(self, sequence: Running, sampled: Sequence[Sampled], tokens: list[TokenOut]) -> None:
-        """A sequence has its next token; a prompt of several choices has the first of each, and forks."""
-        track = sequence.track
-        position = len(track.output)
-        if len(track.choices) == 1:
-            ending = track.append(sampled[0].token)
-            tokens.append(_token_out(track, track.choices[0], position, sampled[0], ending))
-            if ending is not None:
-                self._live.finish(sequence)
-            return
-        unfinished: list[Track] = []
-        for choice, drawn in zip(track.choices, sampled, strict=True):
-            fork = track.fork(choice)
-            ending = fork.append(drawn.token)
-            tokens.append(_token_out(track, choice, position, drawn, ending))
-            if ending is None:
-                unfinished.append(fork)
-        self._live.fork(sequence, unfinished)
-
-    def _advance_held(self, sequence: Running, sampled: Sequence[Sampled], tokens: list[TokenOut]) -> list[Filled]:
-        """A held prompt has a chunk more; with the last one come its first tokens, and it is sealed."""
-        if not sampled:
-            return self._announce(sequence)
-        track = sequence.track
-        position = len(track.output)
-        endings = [track.rules.ending(position, drawn.token) for drawn in sampled]
-        for choice, drawn, ending in zip(track.choices, sampled, endings, strict=True):
-            tokens.append(_token_out(track, choice, position, drawn, ending))
-        if any(ending is None for ending in endings):
-            sealed = self._seal(sequence)
-            self._live.hold(sequence)
-            return sealed
-        if sequence.num_announced == 0:
-            self._live.finish(sequence)
-        else:  # Somebody may be reading what was announced, so only release() gives it back.
-            self._live.hold(sequence)
-        return []
-
-    def _announce(self, sequence: Running) -> list[Filled]:
-        first, stop = sequence.num_announced, sequence.num_computed // self._facts.block_size
-        sequence.num_announced = stop
-        return [Filled(sequence.track.id, tuple(sequence.blocks[first:stop]), first)] if stop > first else []
-
-    def _seal(self, sequence: Running) -> list[Filled]:
-        size, first = self._facts.block_size, sequence.num_announced
-        num_last = sequence.num_computed - (len(sequence.blocks) - 1) * size
-        if num_last < size:
-            self._kv.zero_tail(sequence.blocks[-1], num_last)
-        return [Filled(sequence.track.id, tuple(sequence.blocks[first:]), first, True, num_last)]
 
     # -- requests ---------------------------------------------------------------------------------------------------
 
@@ -387,6 +324,7 @@ class EngineCore:
             tokens_per_s=self._meter.prompt_tokens_per_s,
         )
 
+    @property
     def stats(self) -> EngineStats:
         live = self._live
         return self._meter.snapshot(
@@ -439,15 +377,3 @@ class EngineCore:
             f"{len(self._live.waiting)} requests wait on this worker already.",
             retry_after_s=max(1.0, self._live.waiting.num_tokens / rate) if rate > 0 else 1.0,
         )
-
-
-def _token_out(track: Track, choice: int, position: int, drawn: Sampled, ending: Ending | None) -> TokenOut:
-    return TokenOut(
-        request=track.id,
-        choice=choice,
-        position=position,
-        token=drawn.token,
-        logprobs=drawn.logprobs,
-        finish=None if ending is None else ending.reason,
-        stop_token=None if ending is None else ending.stop_token,
-    )

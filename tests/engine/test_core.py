@@ -102,7 +102,7 @@ def test_many_requests_on_a_tiny_pool_preempt_and_stay_exact() -> None:
     for request in requests:
         bench.core.add(request)
     bench.expect(requests, bench.drain())
-    assert bench.core.stats().num_preemptions > 0
+    assert bench.core.stats.num_preemptions > 0
     assert any(output.preempted for output in bench.outputs)
     assert bench.core.is_idle()
 
@@ -127,8 +127,8 @@ def test_cached_prefixes_are_not_computed_again() -> None:
     assert bench.runner.batches[-1].num_tokens == 1
     assert bench.core.num_cached(two.id) == 16
     bench.expect([two], [*output.tokens, *bench.drain()])
-    assert bench.core.stats().cache_hit_tokens == 16
-    assert bench.core.stats().cache_query_tokens == 34
+    assert bench.core.stats.cache_hit_tokens == 16
+    assert bench.core.stats.cache_query_tokens == 34
 
 
 def test_a_fully_cached_prompt_still_computes_its_last_token() -> None:
@@ -147,7 +147,7 @@ def test_salts_keep_prefixes_apart() -> None:
         request = make_request(name, prompt_of(17), salt=salt)
         bench.core.add(request)
         bench.expect([request], bench.drain())
-    assert bench.core.stats().cache_hit_tokens == 0
+    assert bench.core.stats.cache_hit_tokens == 0
 
 
 def test_equal_prompts_at_once_are_computed_once() -> None:
@@ -158,7 +158,7 @@ def test_equal_prompts_at_once_are_computed_once() -> None:
     bench.expect(requests, bench.drain())
     assert bench.runner.batches[0].num_tokens == 33
     assert [len(row.tokens) for row in bench.runner.batches[1].rows] in ([1, 1, 1], [1, 1])
-    assert bench.core.stats().cache_hit_tokens == 64
+    assert bench.core.stats.cache_hit_tokens == 64
 
 
 def test_without_prefix_caching_nothing_is_shared_between_requests() -> None:
@@ -167,7 +167,7 @@ def test_without_prefix_caching_nothing_is_shared_between_requests() -> None:
         request = make_request(name, prompt_of(17))
         bench.core.add(request)
         bench.expect([request], bench.drain())
-    assert bench.core.stats().cache_hit_tokens == 0
+    assert bench.core.stats.cache_hit_tokens == 0
     assert bench.core.cached_hashes() == []
     assert bench.core.take_cache_events() == []
 
@@ -464,7 +464,7 @@ def test_a_cancelled_reservation_keeps_what_is_verified() -> None:
     request = make_request("b", prompt)
     bench.core.add(request)
     bench.expect([request], bench.drain())
-    assert bench.core.stats().cache_hit_tokens == 12
+    assert bench.core.stats.cache_hit_tokens == 12
 
 
 def test_no_room_is_promised_while_blocks_or_seats_are_lacking() -> None:
@@ -491,7 +491,7 @@ def test_preempted_work_goes_before_new_reservations() -> None:
     for request in requests:
         bench.core.add(request)
     tokens = []
-    while not bench.core.stats().num_preemptions:
+    while not bench.core.stats.num_preemptions:
         tokens += bench.step().tokens
     assert bench.core.reserve(RequestId("c"), bench.hasher.all_blocks([3]), 1, 1) is None
     bench.expect(requests, tokens + bench.drain())
@@ -546,7 +546,7 @@ def test_load_counts_what_is_to_be_computed() -> None:
     assert (load.num_running, load.num_waiting, load.num_waiting_tokens) == (1, 1, 11)
     assert load.tokens_per_s == 10.0
     bench.drain()
-    stats = bench.core.stats()
+    stats = bench.core.stats
     assert stats.prompt_tokens_computed == 21
     assert stats.generated_tokens == 16
     assert (stats.num_running, stats.num_waiting, stats.num_free_blocks) == (0, 0, 32)
