@@ -163,7 +163,7 @@ class WorkerService:
     async def _start_http(self) -> None:
         if self._settings.http_port is None:
             return
-        app = worker_app(self._health.report, lambda: (self._metrics.render(), self._metrics.content_type))
+        app = worker_app(self._health.report, self._metrics.exposition)
         self._http = HttpServer(app, self._settings.host, self._settings.http_port)
         await self._http.start()
 
