@@ -138,7 +138,7 @@ def stored_dtype(folder: Path) -> str | None:
     names = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
     for file in sorted(set(_locate_tensors(folder).values())):
         with _open(folder / file) as tensors:
-            kinds = [tensors.get_slice(name).get_dtype() for name in tensors.keys()]
+            kinds = [tensors.get_slice(name).get_dtype() for name in list(tensors.keys())]
         known = [kind for kind in kinds if kind in names]
         if known:
             return names[max(set(known), key=known.count)]
