@@ -14,7 +14,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from tokenizers import AddedToken, Tokenizer
-from tokenizers.processors import TemplateProcessing
 
 from proto.control import ModelCard
 from proto.errors import CheckpointError, InvalidRequest, SettingsError
@@ -161,6 +160,7 @@ def _byte_alphabet() -> dict[str, int]:
 
 
 def _load_tokenizer(card: ModelCard, config: JsonObject, special: Mapping[str, Json]) -> Tokenizer:
+    """Whether a BOS is added is tokenizer.json's to say: like transformers, this does not read add_bos_token."""
     data = card.files.get("tokenizer.json")
     if data is None:
         raise CheckpointError(
@@ -174,8 +174,6 @@ def _load_tokenizer(card: ModelCard, config: JsonObject, special: Mapping[str, J
     tokenizer.no_truncation()
     tokenizer.no_padding()
     _add_missing_tokens(tokenizer, config, special)
-    if "add_bos_token" in config or "add_eos_token" in config:
-        _rebuild_post_processor(tokenizer, config, special)
     return tokenizer
 
 
@@ -198,18 +196,6 @@ def _add_missing_tokens(tokenizer: Tokenizer, config: JsonObject, special: Mappi
     ]
     if missing:
         tokenizer.add_special_tokens(missing)
-
-
-def _rebuild_post_processor(tokenizer: Tokenizer, config: JsonObject, special: Mapping[str, Json]) -> None:
-    """An explicit add_bos_token or add_eos_token overrules what tokenizer.json does, as in transformers."""
-    bos = str(special["bos_token"]) if config.get("add_bos_token") and "bos_token" in special else None
-    eos = str(special["eos_token"]) if config.get("add_eos_token") and "eos_token" in special else None
-    pieces = [piece for piece in (bos, "$A", eos) if piece]
-    used = [(token, tokenizer.token_to_id(token)) for token in dict.fromkeys((bos, eos)) if token]
-    pair = [f"{piece}:0" for piece in pieces] + [f"{piece.replace('$A', '$B')}:1" for piece in pieces]
-    tokenizer.post_processor = TemplateProcessing(
-        single=[f"{piece}:0" for piece in pieces], pair=pair, special_tokens=used
-    )
 
 
 def _special_tokens(config: JsonObject, legacy: JsonObject) -> dict[str, Json]:
