@@ -145,6 +145,7 @@ def build_parser(scope: Scope, prog: str, description: str) -> Parser:
         "repetition; numbers take suffixes (32K, 4GiB)."
     )
     parser = Parser(prog, description, epilog)
+    parser.usage = f"{prog} {'[MODEL] ' if scope.takes_model else ''}[--config FILE] [--print-config] [settings]"
     if scope.takes_model:
         parser.add_argument("positional_model", nargs="?", metavar="MODEL", help="the same as --model")
     parser.add_argument("--config", metavar="FILE", help="YAML file with settings, flat or nested by component")
@@ -224,17 +225,28 @@ def _with_hyphens(arg: str) -> str:
 
 
 def _add(parser: Parser, group: argparse._ArgumentGroup, option: Option) -> None:
-    default = "" if option.default in (None, (), "") or "default:" in option.help else f" (default: {option.default})"
-    text = (option.help + default).replace("%", "%%")
-    absent = argparse.SUPPRESS
+    text = (option.help + _shown_default(option)).replace("%", "%%")
     if option.base is bool:
         parser.add_boolean(group, option.flag, option.key, text)
         return
-    metavar = option.metavar or (
-        "{" + ",".join(option.choices) + "}" if option.choices else option.base.__name__.upper()
-    )
+    metavar = option.metavar or ("{" + ",".join(option.choices) + "}" if option.choices else _METAVARS[option.base])
     action = "append" if option.base is tuple else "store"
-    group.add_argument(option.flag, dest=option.key, default=absent, action=action, metavar=metavar, help=text)
+    group.add_argument(
+        option.flag, dest=option.key, default=argparse.SUPPRESS, action=action, metavar=metavar, help=text
+    )
+
+
+_METAVARS = {str: "TEXT", int: "N", float: "X", tuple: "TEXT", dict: "JSON"}
+
+
+def _shown_default(option: Option) -> str:
+    if option.base is bool:
+        return (
+            f" (default: {option.write(option.default)}; --no-{option.flag[2:]} turns it off)" if option.default else ""
+        )
+    if option.default in (None, (), "") or "default:" in option.help:
+        return ""
+    return f" (default: {option.write(option.default)})"
 
 
 def _from_flags(scope: Scope, given: argparse.Namespace) -> dict[str, Value]:

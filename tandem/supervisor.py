@@ -12,16 +12,15 @@ from __future__ import annotations
 import asyncio
 import collections
 import contextlib
-import os
 import signal
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+from proto.errors import SetupError
+from service.process import EXIT_SETUP
+
 Say = Callable[[str, str], None]
 """Shows one line (of whom, what)."""
-
-USELESS = os.EX_CONFIG
-"""Exit status of a process whose deployment is wrong: it would fail again."""
 
 _STEADY_S = 10.0
 _MOST_FAILED_STARTS = 5
@@ -39,12 +38,8 @@ class ChildSpec:
     stop_timeout_s: float = 30.0
 
 
-class ChildFailed(Exception):
-    """A child that will not run. ``status`` is its exit status."""
-
-    def __init__(self, message: str, status: int) -> None:
-        super().__init__(message)
-        self.status = status
+class ChildFailed(SetupError):
+    """A child that will not run."""
 
 
 def restart_delay_s(num_deaths: int) -> float:
@@ -161,11 +156,11 @@ class Child:
 
     def _report_death(self, status: int, num_failed_starts: int) -> None:
         why = describe_exit(status)
-        if status == USELESS:
+        if status == EXIT_SETUP:  # the deployment is wrong: it would fail again
             last = self._last_lines[-1] if self._last_lines else why
-            raise ChildFailed(f"{self.spec.name} cannot start: {last}", status)
+            raise ChildFailed(f"{self.spec.name} cannot start: {last}")
         if num_failed_starts >= _MOST_FAILED_STARTS:
-            raise ChildFailed(f"{self.spec.name} failed {num_failed_starts} times as it started ({why})", status)
+            raise ChildFailed(f"{self.spec.name} failed {num_failed_starts} times as it started ({why})")
         self._say(self.spec.name, f"died ({why}) and is started again; its last lines:")
         for line in list(self._last_lines):
             self._say(self.spec.name, f"    {line}")
