@@ -152,6 +152,6 @@ def test_with_prefix_hits(checkpoint: tuple[Path, Oracle], engine_of: type[Engin
 def test_after_preemption(checkpoint: tuple[Path, Oracle], engine_of: type[Engine]) -> None:
     """Too few blocks for all: some requests are preempted and computed again, and nobody can tell."""
     prompts = [prompt_of(28 + index % 4, seed=index) for index in range(8)]
-    tight = engine_of(num_blocks=18, max_model_len=128)
+    tight = engine_of(num_blocks=8, max_model_len=128)
     assert tight.greedy(*prompts) == [checkpoint[1].greedy(prompt) for prompt in prompts]
     assert tight.num_preempted > 0
