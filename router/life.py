@@ -178,10 +178,7 @@ class Life:
         log.info("%s: %s says %s (%s): %s", self.id, epoch, news.reason.value, news.message, remedy.value)
         if remedy is Remedy.NONE:
             return
-        blamed = epoch
-        if remedy is Remedy.REDIRECT and self._try.decode is not None:
-            blamed = self._try.decode.epoch
-        self._avoid.add(blamed)
+        self._avoid |= self._blamed(epoch, news.reason, remedy)
         self._room_hint_s = news.retry_after_s
         waits_for_room = news.reason is RejectReason.REFUSED and news.retry_after_s is not None
         self._recover(remedy, counts=not (is_nobodys_fault(news.reason) or waits_for_room))
@@ -259,6 +256,12 @@ class Life:
             self.fail(WorkerLost(f"no worker is left to go on from stage {stage}: {error.message}", stage=stage))
         else:
             self._wait(None)
+
+    def _blamed(self, epoch: Epoch, reason: RejectReason, remedy: Remedy) -> set[Epoch]:
+        """Whom the next try should do without, if it can."""
+        if remedy is Remedy.REDIRECT:
+            return {self._try.decode.epoch} if self._try.decode is not None else set()
+        return {epoch} if is_nobodys_fault(reason) else set()
 
     def _prefill_spoke_up(self, news: Rejected) -> None:
         """While the request waits for a decode worker, its prefill worker may let go of the blocks."""

@@ -1,0 +1,423 @@
+"""What is done about every trouble: the table itself, and the messages that follow from it."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from proto.control import Abort, Failed, Prefill, Redirect, RejectReason, Role
+from proto.errors import InvalidRequest, LocalFault, NotSupported, Overloaded, TandemError, UserError, WorkerLost
+from proto.ids import Generation, RequestId
+from proto.lifecycle import Stage
+from router.recovery import Remedy, Side, Situation, after_loss, after_rejection, error_of
+from tests.support.fleet import House, read_all, token
+
+TWO_AND_TWO = ("p1", "p2", "d1", "d2")
+
+
+def situation(**changes: bool) -> Situation:
+    facts = {"prefill_has_blocks": False, "adopted": False, "started": False, "lacks_first": False, **changes}
+    return Situation(**facts)
+
+
+@pytest.mark.parametrize(
+    ("side", "facts", "remedy"),
+    [
+        (Side.PREFILL, situation(lacks_first=True), Remedy.RESTART),
+        (Side.PREFILL, situation(lacks_first=True, started=True), Remedy.RESUME),
+        (Side.PREFILL, situation(started=True), Remedy.AWAIT_VERDICT),
+        (Side.PREFILL, situation(started=True, adopted=True), Remedy.NONE),
+        (Side.PREFILL, situation(adopted=True, lacks_first=True), Remedy.RESTART),
+        (Side.DECODE, situation(prefill_has_blocks=True), Remedy.REDIRECT),
+        (Side.DECODE, situation(prefill_has_blocks=True, started=True), Remedy.REDIRECT),
+        (Side.DECODE, situation(adopted=True, started=True), Remedy.RESUME),
+        (Side.DECODE, situation(adopted=True), Remedy.RESTART),
+    ],
+)
+def test_after_a_loss(side: Side, facts: Situation, remedy: Remedy) -> None:
+    assert after_loss(side, facts) is remedy
+
+
+@pytest.mark.parametrize("reason", list(RejectReason))
+@pytest.mark.parametrize("held", [True, False])
+@pytest.mark.parametrize("started", [True, False])
+def test_a_rejection_by_prefill_before_adoption_goes_on_from_held_blocks_alone(
+    reason: RejectReason, held: bool, started: bool
+) -> None:
+    facts = situation(prefill_has_blocks=True, started=started, lacks_first=not started)
+    remedy = after_rejection(Side.PREFILL, reason, held, facts)
+    if held and reason in (RejectReason.REFUSED, RejectReason.PEER_LOST):
+        assert remedy is Remedy.REDIRECT
+    else:
+        assert remedy is (Remedy.RESUME if started else Remedy.RESTART)
+
+
+@pytest.mark.parametrize("reason", list(RejectReason))
+def test_prefill_has_no_say_after_adoption(reason: RejectReason) -> None:
+    assert after_rejection(Side.PREFILL, reason, True, situation(adopted=True, started=True)) is Remedy.NONE
+
+
+@pytest.mark.parametrize(
+    ("status", "kind"),
+    [(400, InvalidRequest), (404, UserError), (429, Overloaded), (501, NotSupported), (500, LocalFault)],
+)
+def test_a_workers_error_keeps_its_meaning(status: int, kind: type[TandemError]) -> None:
+    error = error_of(Failed(RequestId("r.1"), Generation(1), status, "k", "why", "n"), "queued")
+    assert type(error) is kind
+    assert (error.message, error.param, error.stage) == ("why", "n", "queued")
+
+
+async def test_prefill_lost_before_the_first_token_means_the_next_one() -> None:
+    house = House(*TWO_AND_TWO)
+    stream = await house.start()
+    first, _ = house.last_prefill()
+    house.kill(first)
+    second, prefill = house.last_prefill()
+    assert second != first
+    assert prefill.generation == 2
+    assert prefill.request.forced == ()
+    assert house.heard.remedies == [Remedy.RESTART]
+    house.says(second, token(stream.id, 0))
+    house.says(house.last_attach()[0], token(stream.id, 1, last=True))
+    assert [out.position for out in await read_all(stream)] == [0, 1]
+
+
+async def test_the_last_prefill_worker_lost_means_local() -> None:
+    house = House("p1", "d1")
+    stream = await house.start()
+    house.kill("p1")
+    _, attach = house.last_attach()
+    assert (attach.local, attach.generation) == (True, 2)
+    assert house.aborts_to("d1") == [Abort(stream.id, Generation(1))]
+    house.says("d1", token(stream.id, 0, last=True))
+    assert len(await read_all(stream)) == 1
+
+
+async def test_refused_blocks_are_redirected_without_a_new_prefill() -> None:
+    house = House("p1", "d1", "d2")
+    stream = await house.start()
+    first, _ = house.last_attach()
+    house.rejects("p1", stream.id, RejectReason.REFUSED, held=True)
+    second, attach = house.last_attach()
+    to, redirect = house.last_redirect()
+    assert second != first
+    assert (attach.local, attach.generation) == (False, 2)
+    assert (to, redirect.generation, redirect.decode.worker) == ("p1", 2, second)
+    assert len([m for m in house.sent_to("p1") if isinstance(m, Prefill)]) == 1
+    assert house.aborts_to(first) == [Abort(stream.id, Generation(1))]
+    # What P sent before it heard of the redirect is as good as ever.
+    house.says("p1", token(stream.id, 0), generation=1)
+    house.says(second, token(stream.id, 1, last=True))
+    assert [out.position for out in await read_all(stream)] == [0, 1]
+
+
+async def test_decode_lost_before_adoption_means_redirect_also_after_the_first_token() -> None:
+    house = House("p1", "d1", "d2")
+    stream = await house.start()
+    first, _ = house.last_attach()
+    house.says("p1", token(stream.id, 0))
+    house.kill(first)
+    assert house.last_redirect()[1].decode.worker == house.last_attach()[0] != first
+    assert house.heard.remedies == [Remedy.REDIRECT]
+    # P's own news of the same loss comes late, and changes nothing.
+    house.rejects("p1", stream.id, RejectReason.PEER_LOST, held=True, generation=1)
+    assert house.heard.remedies == [Remedy.REDIRECT]
+
+
+@pytest.mark.parametrize("by", ["kill", "reject"])
+async def test_decode_lost_after_adoption_resumes_with_what_was_sent(by: str) -> None:
+    house = House("p1", "d1", "d2")
+    stream = await house.start(n=2)
+    first, _ = house.last_attach()
+    house.says("p1", token(stream.id, 0), token(stream.id, 0, choice=1))
+    house.reports(first, stream.id, Stage.ADOPTED)
+    house.says(first, token(stream.id, 1), token(stream.id, 1, choice=1, last=True))
+    house.says(first, token(stream.id, 2))
+    assert len(await anext(stream)) == 5
+    if by == "kill":
+        house.kill(first)
+    else:
+        house.rejects(first, stream.id, RejectReason.DRAINING)
+    second, attach = house.last_attach()
+    assert second != first
+    assert (attach.local, attach.generation, attach.positions) == (True, 2, (3, 2))
+    assert attach.request.forced == ((0, 1, 2), (1000, 1001))
+    assert attach.request.seed == 7
+    assert Abort(stream.id, Generation(2), (1,)) in house.aborts_to(second)  # that choice is complete
+    house.says(first, token(stream.id, 3, value=5), generation=1)  # the dead one's last words
+    house.says(second, token(stream.id, 3, last=True))
+    assert await read_all(stream) == [token(stream.id, 3, last=True)]
+    assert "stale" in house.heard.refusals or by == "kill"
+
+
+async def test_a_resume_prefers_equal_numerics() -> None:
+    house = House("p1", "d1", "d2", "d3")
+    stream = await house.start()
+    first, _ = house.last_attach()
+    house.says("p1", token(stream.id, 0))
+    house.says(first, token(stream.id, 1))
+    others = [epoch for epoch in house.fleet.workers if epoch.startswith("epoch-d") and not epoch.endswith(first)]
+    same, different = others
+    house.fleet.workers[different] = dataclasses.replace(house.fleet.workers[different], numerics="other")
+    house.index.stored(different, house.fleet.hasher().full_blocks(tuple(range(10))))
+    house.kill(first)
+    assert f"epoch-{house.last_attach()[0]}" == same
+
+
+async def test_prefill_lost_after_the_first_token_waits_for_decodes_word() -> None:
+    house = House("p1", "d1")
+    stream = await house.start()
+    house.says("p1", token(stream.id, 0))
+    house.kill("p1")
+    assert house.heard.remedies == []
+    house.reports("d1", stream.id, Stage.ADOPTED)
+    house.timers.advance(60.0)
+    assert house.heard.remedies == []
+    house.says("d1", token(stream.id, 1, last=True))
+    assert len(await read_all(stream)) == 2
+
+
+async def test_prefill_lost_before_its_seal_arrived_means_resume() -> None:
+    house = House("p1", "d1")
+    stream = await house.start()
+    house.says("p1", token(stream.id, 0))
+    house.kill("p1")
+    house.rejects("d1", stream.id, RejectReason.PEER_LOST)
+    _, attach = house.last_attach()
+    assert (attach.local, attach.generation, attach.request.forced) == (True, 2, ((0,),))
+    house.says("d1", token(stream.id, 1, last=True))
+    assert len(await read_all(stream)) == 2
+
+
+async def test_a_verdict_that_never_comes_is_a_resume_too() -> None:
+    house = House("p1", "d1", verdict_s=5.0)
+    stream = await house.start()
+    house.says("p1", token(stream.id, 0))
+    house.kill("p1")
+    house.timers.advance(5.0)
+    assert house.last_attach()[1].request.forced == ((0,),)
+    await stream.aclose()
+
+
+async def test_adopted_but_the_first_token_died_with_prefill() -> None:
+    """D has the whole prompt and sends position 1, but position 0 was lost: the client cannot go on from there."""
+    house = House("p1", "d1", "d2")
+    stream = await house.start()
+    house.says(house.last_attach()[0], token(stream.id, 1))
+    house.kill("p1")
+    assert house.heard.remedies == [Remedy.RESTART]
+    to, attach = house.last_attach()
+    assert attach.local
+    house.says(to, token(stream.id, 0), token(stream.id, 1), token(stream.id, 2, last=True))
+    assert [out.position for out in await read_all(stream)] == [0, 1, 2]
+
+
+async def test_decode_that_lost_sight_of_a_living_prefill_is_replaced() -> None:
+    house = House("p1", "d1", "d2")
+    stream = await house.start()
+    first, _ = house.last_attach()
+    house.rejects(first, stream.id, RejectReason.PEER_LOST)
+    assert house.last_redirect()[1].decode.worker != first
+    await stream.aclose()
+
+
+async def test_a_full_queue_means_another_worker_and_then_429() -> None:
+    house = House("p1", "p2", "d1")
+    stream = await house.start()
+    first, _ = house.last_prefill()
+    house.rejects(first, stream.id, RejectReason.FULL, retry_after_s=3.0)
+    second, _ = house.last_prefill()
+    assert second != first
+    house.rejects(second, stream.id, RejectReason.FULL, retry_after_s=2.0)
+    with pytest.raises(Overloaded) as caught:
+        await anext(stream)
+    assert caught.value.retry_after_s == 2.0
+    # Both are known to be full now: the next request is turned away before any work.
+    house.fleet.sent.clear()
+    with pytest.raises(Overloaded):
+        await house.start()
+    assert not house.fleet.sent
+    house.timers.advance(3.0)
+    await house.start()
+
+
+async def test_a_resume_is_never_answered_429() -> None:
+    house = House("p1", "d1", "d2")
+    stream = await house.start()
+    first, _ = house.last_attach()
+    house.says("p1", token(stream.id, 0))
+    house.says(first, token(stream.id, 1))
+    house.kill(first)
+    second, _ = house.last_attach()
+    house.rejects(second, stream.id, RejectReason.FULL, retry_after_s=2.0)
+    assert house.flow.num_waiting == 1
+    house.timers.advance(4.0)
+    assert house.flow.num_waiting == 0
+    to, attach = house.last_attach()
+    assert (to, attach.request.forced) == (second, ((0, 1),))
+    house.says(second, token(stream.id, 2, last=True))
+    assert len(await read_all(stream)) == 3
+
+
+async def test_a_full_decode_worker_alone_is_asked_again_while_the_blocks_are_held() -> None:
+    house = House("p1", "d1", max_attempts=2)
+    stream = await house.start()
+    house.says("p1", token(stream.id, 0))
+    for _ in range(5):
+        house.rejects("p1", stream.id, RejectReason.REFUSED, held=True, retry_after_s=0.5)
+        assert house.flow.num_waiting == 1
+        house.timers.advance(0.4)
+        assert house.flow.num_waiting == 1
+        house.timers.advance(1.0)
+        assert house.flow.num_waiting == 0
+    assert len([m for m in house.sent_to("p1") if isinstance(m, Redirect)]) == 5
+    house.reports("d1", stream.id, Stage.ADOPTED)
+    house.says("d1", token(stream.id, 1, last=True))
+    assert len(await read_all(stream)) == 2
+
+
+async def test_waiting_for_a_decode_worker_when_prefill_lets_go() -> None:
+    house = House("p1", "d1")
+    stream = await house.start()
+    house.rejects("p1", stream.id, RejectReason.REFUSED, held=True)
+    house.rejects("p1", stream.id, RejectReason.UNKNOWN, held=False)
+    house.timers.advance(2.0)
+    assert house.last_prefill()[1].generation == 2
+    await stream.aclose()
+
+
+async def test_waiting_for_a_decode_worker_when_prefill_dies() -> None:
+    house = House("p1", "d1")
+    stream = await house.start()
+    house.says("p1", token(stream.id, 0))
+    house.kill("d1")
+    assert house.flow.num_waiting == 1
+    house.kill("p1")
+    house.join("d2", Role.DECODE)
+    to, attach = house.last_attach()
+    assert (to, attach.local, attach.request.forced) == ("d2", True, ((0,),))
+    await stream.aclose()
+
+
+async def test_a_worker_that_comes_in_time_takes_over() -> None:
+    house = House("p1", "d1", patience_s=10.0)
+    stream = await house.start()
+    house.kill("d1")
+    house.timers.advance(5.0)
+    house.join("d2", Role.DECODE)
+    assert house.last_redirect()[1].decode.worker == "d2"
+    house.says("p1", token(stream.id, 0))
+    house.says("d2", token(stream.id, 1, last=True))
+    assert len(await read_all(stream)) == 2
+
+
+async def test_patience_ends_with_an_error_that_names_the_stage() -> None:
+    house = House("p1", "d1", patience_s=10.0)
+    stream = await house.start()
+    house.reports("p1", stream.id, Stage.STREAMING)
+    house.kill("d1")
+    house.timers.advance(12.0)
+    with pytest.raises(WorkerLost, match="streaming"):
+        await anext(stream)
+    assert house.aborts_to("p1")
+
+
+async def test_attempts_are_bounded_and_the_error_names_the_stage() -> None:
+    house = House("p1", "d1", "d2", max_attempts=3)
+    stream = await house.start()
+    for _ in range(3):
+        house.rejects(house.last_attach()[0], stream.id, RejectReason.STALE)
+        house.timers.advance(2.0)
+    with pytest.raises(WorkerLost) as caught:
+        await anext(stream)
+    assert caught.value.stage == "routed"
+    assert house.flow.num_inflight == 0
+
+
+async def test_prefill_that_released_before_a_redirect_reached_it() -> None:
+    """Adopted reached P, but not the router, before D died."""
+    house = House("p1", "d1", "d2")
+    stream = await house.start()
+    first, _ = house.last_attach()
+    house.says("p1", token(stream.id, 0))
+    house.kill(first)
+    house.reports("p1", stream.id, Stage.ADOPTED, generation=1)
+    assert not house.flow.num_waiting
+    house.rejects("p1", stream.id, RejectReason.UNKNOWN)
+    to, attach = house.last_attach()
+    assert (attach.local, attach.request.forced) == (True, ((0,),))
+    house.says(to, token(stream.id, 1, last=True))
+    assert len(await read_all(stream)) == 2
+
+
+TROUBLES = st.lists(
+    st.tuples(
+        st.sampled_from(["first", "next", "adopted", "kill", "join", "reject", "time", "stop", "repeat", "news"]),
+        st.integers(0, 7),
+    ),
+    max_size=40,
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(troubles=TROUBLES, closes=st.booleans())
+def test_whatever_happens_the_client_reads_one_sequence_and_one_end(
+    troubles: list[tuple[str, int]], closes: bool
+) -> None:
+    """Workers answer, repeat themselves, refuse, die and come back in any order."""
+
+    async def run() -> None:
+        house = House("p1", "p2", "d1", "d2", max_attempts=4)
+        stream = await house.start(n=2)
+        joined = 2
+        for what, number in troubles:
+            to, attach = house.last_attach()
+            names = [worker.worker for worker in house.fleet.workers.values()]
+            prefills = [name for name in names if name.startswith("p")]
+            choice = number % 2
+            if what == "first" and prefills and not attach.local:
+                house.says(house.last_prefill()[0], token(stream.id, 0, choice=choice))
+            elif what in ("next", "repeat"):
+                positions = attach.positions[choice] + number
+                house.says(to, token(stream.id, positions, choice=choice, last=positions == 6))
+            elif what == "adopted":
+                house.reports(to, stream.id, Stage.ADOPTED)
+            elif what == "kill" and names:
+                house.kill(names[number % len(names)])
+            elif what == "join":
+                joined += 1
+                role = Role.PREFILL if number % 2 else Role.DECODE
+                house.join(f"{'p' if number % 2 else 'd'}{joined}", role)
+            elif what == "reject" and names:
+                reason = list(RejectReason)[number % len(RejectReason)]
+                house.rejects(names[number % len(names)], stream.id, reason, held=number > 3)
+            elif what == "time":
+                house.timers.advance(float(number))
+            elif what == "stop":
+                stream.stop_choice(choice)
+            elif what == "news" and names:
+                house.reports(names[number % len(names)], stream.id, list(Stage)[number], generation=1 + number % 3)
+        if closes:
+            await stream.aclose()
+        else:
+            house.timers.advance(10_000.0)
+        seen: dict[int, list[int]] = {0: [], 1: []}
+        try:
+            async for batch in stream:
+                for out in batch:
+                    seen[out.choice].append(out.position)
+        except TandemError:
+            pass
+        for positions in seen.values():
+            assert positions == list(range(len(positions)))
+        assert len(house.heard.ends) == 1
+        assert house.heard.ends[0].stage.is_terminal
+        assert house.flow.num_inflight == house.admission.num_inflight == 0
+        house.timers.advance(100.0)
+        assert house.timers.num_live == 0
+
+    asyncio.run(run())
