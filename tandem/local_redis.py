@@ -73,7 +73,6 @@ class LocalRedis:
         self._folder: Path | None = None
         self._process: asyncio.subprocess.Process | None = None
         self._reader: asyncio.Task[None] | None = None
-        self._ready = asyncio.Event()
         self._last_lines: collections.deque[str] = collections.deque(maxlen=20)
 
     @property
@@ -99,7 +98,7 @@ class LocalRedis:
         if self._folder is None:
             # A short name: a socket's path may have 107 bytes.
             self._folder = Path(tempfile.mkdtemp(prefix="tandem-redis-"))
-        self._ready.clear()
+        is_ready: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
         config = self._config().encode()
         self._process = await asyncio.create_subprocess_exec(
             *(sys.executable, "-I", "-S", "-c", _LAUNCHER, str(os.getpid()), str(executable), "-"),
@@ -108,11 +107,12 @@ class LocalRedis:
             stderr=asyncio.subprocess.STDOUT,
             start_new_session=True,  # Ctrl-C is for us; we stop Redis when its users are done
         )
-        self._reader = asyncio.create_task(self._read_log(self._process))
+        self._reader = asyncio.create_task(self._read_log(self._process, is_ready))
         try:
             async with asyncio.timeout(_START_TIMEOUT_S):
                 await self._configure(self._process, config)
-                await self._ready.wait()
+                if not await is_ready:
+                    raise EOFError("it ended")
                 await self._ping()
         except (OSError, EOFError, ValueError) as error:  # TimeoutError is an OSError
             await self._abandon()
@@ -159,15 +159,16 @@ class LocalRedis:
         process.stdin.close()
         await process.stdin.wait_closed()
 
-    async def _read_log(self, process: asyncio.subprocess.Process) -> None:
+    async def _read_log(self, process: asyncio.subprocess.Process, is_ready: asyncio.Future[bool]) -> None:
         assert process.stdout is not None
         async for raw in process.stdout:
             line = raw.decode(errors="replace").strip()
             self._last_lines.append(line)
             log.debug("redis: %s", line)
-            if "eady to accept connections" in line:
-                self._ready.set()
-        self._ready.set()  # it ended: let start() find out
+            if "eady to accept connections" in line and not is_ready.done():
+                is_ready.set_result(True)
+        if not is_ready.done():
+            is_ready.set_result(False)
 
     async def _ping(self) -> None:
         if self._port is None:

@@ -368,7 +368,9 @@ def _client(url: str, timeout_s: float) -> Redis:
         return Redis.from_url(
             url,
             protocol=2,
-            socket_timeout=timeout_s,
+            # Each call is bounded as a whole, by _asking(). The library's bound is asyncio.wait_for, which in Python
+            # 3.11 swallows a cancellation that comes just as a write is done.
+            socket_timeout=None,
             socket_connect_timeout=timeout_s,
             retry=Retry(NoBackoff(), 0),  # who calls decides whether to try again
         )

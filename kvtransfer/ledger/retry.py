@@ -41,7 +41,10 @@ async def keep_doing(
     """
     backoff = Backoff()
     is_away = False
+    this_task = asyncio.current_task()
     while True:
+        if this_task is not None and this_task.cancelling():
+            raise asyncio.CancelledError  # a library swallowed it
         try:
             await step()
         except LedgerAway as error:

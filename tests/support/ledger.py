@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable
+from contextlib import asynccontextmanager
 
 from kvtransfer.ledger.records import (
     CacheChange,
@@ -15,6 +16,8 @@ from kvtransfer.ledger.records import (
     Stored,
     WorkerRecord,
 )
+from kvtransfer.ledger.redis import RedisLedger
+from kvtransfer.ledger.watcher import LedgerWatcher
 from proto.control import Load, Role
 from proto.ids import BlockHash, Epoch, Generation, RequestId, WorkerId
 from proto.lifecycle import Stage
@@ -58,6 +61,13 @@ def handoff(request: str, generation: int, stage: Stage, *, decode: str | None =
     )
 
 
+async def until(is_so: Callable[[], bool]) -> None:
+    """For what does not announce itself. Use an event where there is one."""
+    async with asyncio.timeout(30):
+        while not is_so():  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+
+
 class Inventory:
     """A set of blocks that is changed by what the ledger reports: what a router would believe."""
 
@@ -96,6 +106,8 @@ class FakeCache(Inventory):
 class Believer:
     """What a router believes from a watcher's callbacks, and a way to wait until it believes something."""
 
+    watcher: LedgerWatcher
+
     def __init__(self) -> None:
         self.workers: dict[WorkerId, WorkerRecord] = {}
         self.inventories: dict[Epoch, Inventory] = {}
@@ -125,3 +137,20 @@ class Believer:
             while not is_so():
                 self._changed.clear()
                 await self._changed.wait()
+
+
+@asynccontextmanager
+async def watching(ledger: RedisLedger, *, poll_s: float = 0.05) -> AsyncIterator[Believer]:
+    believer = Believer()
+    watcher = LedgerWatcher(
+        ledger,
+        workers_changed=believer.workers_changed,
+        inventory_changed=believer.inventory_changed,
+        poll_s=poll_s,
+    )
+    believer.watcher = watcher
+    watcher.start()
+    try:
+        yield believer
+    finally:
+        await watcher.close()
