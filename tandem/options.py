@@ -151,7 +151,7 @@ def build_parser(scope: Scope, prog: str, description: str) -> Parser:
     parser.add_argument("--config", metavar="FILE", help="YAML file with settings, flat or nested by component")
     parser.add_argument("--print-config", action="store_true", help="print every setting's final value and exit")
     for section in scope.sections:
-        doc = (SECTIONS[section].__doc__ or section).strip().splitlines()[0]
+        doc = (SECTIONS[section].__doc__ or section).strip().splitlines()[0].replace("``", "`")
         group = parser.add_argument_group(section, doc)
         for option in scope.options():
             if option.section == section:
