@@ -8,25 +8,39 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable
+from typing import Protocol
 
 from proto.control import FromRouter, FromWorker, LoadReport, Tokens
 from proto.ids import Epoch, Generation, RequestId, router_of
 from proto.request import TokenOut
-from service.rpc import RouterStream, StreamClosed
+from service.rpc import StreamClosed
 
 log = logging.getLogger(__name__)
+
+
+class Stream(Protocol):
+    """One router's stream (``service.rpc.RouterStream``)."""
+
+    @property
+    def router_epoch(self) -> Epoch: ...
+
+    async def receive(self) -> FromRouter:
+        """Raises StreamClosed at the end."""
+
+    def send(self, message: FromWorker) -> None:
+        """Never blocks."""
 
 
 class RouterStreams:
     """Live streams by router epoch. A router that connects again replaces its older stream."""
 
     def __init__(self) -> None:
-        self._streams: dict[Epoch, RouterStream] = {}
+        self._streams: dict[Epoch, Stream] = {}
 
     def __len__(self) -> int:
         return len(self._streams)
 
-    async def serve(self, stream: RouterStream, handle: Callable[[FromRouter], None]) -> None:
+    async def serve(self, stream: Stream, handle: Callable[[FromRouter], None]) -> None:
         """Passes the stream's messages to ``handle`` until it ends."""
         router = stream.router_epoch
         self._streams[router] = stream

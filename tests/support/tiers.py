@@ -1,0 +1,159 @@
+"""A prefill and a decode tier in one process: real engines and sessions, an in-memory link, a scripted router."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TypeVar
+
+from decode.server import HandoffServer, readers_for
+from decode.tier import DecodeTier
+from engine.prefix_cache import CacheEvent
+from kvtransfer.fences import FenceTable
+from kvtransfer.transport import Link
+from kvtransfer.transports import GRPC
+from kvtransfer.transports.memory import Fault, pair
+from prefill.handoff import Dispatcher
+from prefill.tier import PrefillTier
+from proto.control import FromRouter, FromWorker, Load, Peer, Progress, Role, Tokens
+from proto.ids import Epoch, Generation, RequestId, WorkerId
+from proto.lifecycle import Stage
+from proto.request import Request, SamplingParams, TokenOut
+from proto.settings import CacheSettings, EngineSettings, ModelSettings, SchedulerSettings
+from service.metrics import WorkerMetrics
+from service.rpc import StreamClosed
+from worker.host import EngineHost, StepNews
+from worker.routers import RouterStreams
+
+ROUTER = Epoch("router")
+M = TypeVar("M", bound=FromWorker)
+
+
+class ScriptedRouter:
+    """The router's end of one worker's stream: what it was sent, and a way to wait for more."""
+
+    def __init__(self) -> None:
+        self.router_epoch = ROUTER
+        self.received: list[FromWorker] = []
+        self._news = asyncio.Event()
+        self._ended = asyncio.Event()
+
+    async def receive(self) -> FromRouter:
+        await self._ended.wait()
+        raise StreamClosed("the test is over")
+
+    def end(self) -> None:
+        self._ended.set()
+
+    def send(self, message: FromWorker) -> None:
+        self.received.append(message)
+        self._news.set()
+
+    def of(self, kind: type[M]) -> list[M]:
+        return [message for message in self.received if isinstance(message, kind)]
+
+    def tokens(self) -> list[TokenOut]:
+        return [token for message in self.of(Tokens) for token in message.tokens]
+
+    def stages(self) -> list[Stage]:
+        return [message.stage for message in self.of(Progress)]
+
+    async def until(self, condition: Callable[[], bool]) -> None:
+        while not condition():
+            self._news.clear()
+            await self._news.wait()
+
+
+@dataclass
+class Side:
+    """One worker: its engine, its tier, and the router's end of its stream."""
+
+    host: EngineHost
+    routers: RouterStreams
+    router: ScriptedRouter
+    peer: Peer
+    tier: PrefillTier | DecodeTier = field(init=False)
+
+    def started(self, request: RequestId) -> None:
+        self.tier.started(request)
+
+    def stepped(self, news: StepNews) -> None:
+        self.tier.stepped(news)
+
+    def load_changed(self, load: Load) -> None:
+        """Nobody asks."""
+
+    def cache_changed(self, events: list[CacheEvent]) -> None:
+        """There is no ledger."""
+
+    def crashed(self, error: BaseException) -> None:
+        self.tier.crashed(error)
+
+    async def is_idle(self) -> bool:
+        return await self.host.call(lambda core: (core.check_integrity(), core.is_idle())[1])
+
+
+class Pod:
+    """``sides`` by worker name; ``connect`` reaches any decode worker by its address."""
+
+    def __init__(self, checkpoint: Path, *, num_blocks: int = 64, chunk: int = 64) -> None:
+        self.settings = EngineSettings(
+            model=ModelSettings(
+                model=str(checkpoint), dtype="float32", device="cpu", threads=1, max_model_len=512, skip_warmup=True
+            ),
+            cache=CacheSettings(num_gpu_blocks_override=num_blocks),
+            scheduler=SchedulerSettings(max_num_batched_tokens=chunk, max_num_seqs=8),
+        )
+        self.forth: Fault | None = None
+        """Meddles with what prefill workers send."""
+        self._servers: dict[str, HandoffServer] = {}
+        self._tasks: list[asyncio.Task[None]] = []
+        self.sides: list[Side] = []
+
+    async def prefill(self, name: str = "p0", *, max_held: int = 8) -> Side:
+        side, fences, metrics = await self._side(Role.PREFILL, name)
+        dispatcher = Dispatcher(side.host, self.connect, (GRPC,), epoch=side.peer.epoch, refusals=fences.refusals)
+        side.tier = PrefillTier(
+            side.host, side.routers, dispatcher, fences, epoch=side.peer.epoch, metrics=metrics, max_held=max_held
+        )
+        return side
+
+    async def decode(self, name: str = "d0") -> Side:
+        side, fences, _ = await self._side(Role.DECODE, name)
+        side.tier = DecodeTier(side.host, side.routers, fences, done_lease_s=60.0)
+        self._servers[side.peer.address] = HandoffServer(side.host, side.tier, fences, readers_for(["grpc"]))
+        return side
+
+    async def _side(self, role: Role, name: str) -> tuple[Side, FenceTable, WorkerMetrics]:
+        peer = Peer(WorkerId(name), Epoch(f"{name}-epoch"), name)
+        side = Side.__new__(Side)
+        side.host = EngineHost(self.settings, side)
+        side.routers, side.router, side.peer = RouterStreams(), ScriptedRouter(), peer
+        await side.host.open(lambda phase, seconds: None)
+        self._tasks.append(asyncio.create_task(side.routers.serve(side.router, lambda message: None)))
+        await asyncio.sleep(0)  # the stream is known from here on
+        self.sides.append(side)
+        return side, FenceTable(peer.epoch, 600.0), WorkerMetrics("test", role)
+
+    async def connect(self, peer: Peer) -> Link:
+        ours, theirs = pair(forth=self.forth)
+        self._tasks.append(asyncio.create_task(self._servers[peer.address].serve(theirs)))
+        return ours
+
+    async def close(self) -> None:
+        for side in self.sides:
+            await side.tier.close()
+            side.router.end()
+        await asyncio.gather(*self._tasks)
+        for side in self.sides:
+            await side.host.close()
+
+
+def make_request(number: int, prompt: tuple[int, ...], *, max_tokens: int = 6, n: int = 1, **params: float) -> Request:
+    sampling = SamplingParams(n=n, max_tokens=max_tokens, seed=number, ignore_eos=True, **params).checked()  # type: ignore[arg-type]
+    return Request(id=RequestId(f"{ROUTER}.{number}"), prompt=prompt, params=sampling)
+
+
+FIRST = Generation(1)
