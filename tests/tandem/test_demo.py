@@ -1,0 +1,36 @@
+"""The demo's account of where a request's time went."""
+
+from __future__ import annotations
+
+from proto.settings import RouterSettings
+from tandem.client import Chunk
+from tandem.demo import QUESTION, account
+
+
+def test_stages_are_listed_in_the_order_they_happen() -> None:
+    text = account(
+        Chunk(
+            "",
+            usage={"prompt_tokens": 900, "completion_tokens": 120},
+            timings={
+                "ttft_ms": 31.25,
+                "total_ms": 400.0,
+                "stages_ms": {"decoding": 360.0, "prefilling": 20.0, "queued": 1.0},
+                "kv_bytes_moved": 1843200,
+                "prefill_workers": ["prefill-0"],
+                "decode_workers": ["decode-0"],
+            },
+        )
+    )
+    names = [line.split()[0] for line in text.splitlines()]
+    assert names == ["stage", "queued", "prefilling", "decoding", "first", "in", "900"]
+    assert "1,843,200 bytes of KV moved from prefill-0 to decode-0" in text
+
+
+def test_nothing_known_is_said_as_nothing() -> None:
+    assert "0 bytes of KV moved from nobody to nobody" in account(Chunk(""))
+
+
+def test_the_question_is_long_enough_to_be_handed_over() -> None:
+    words = len(QUESTION.split())
+    assert words > 2 * RouterSettings().disagg_threshold, "even where every word is one token"

@@ -1,0 +1,148 @@
+"""What each local process is told, and how the stack comes up and goes down, with stand-ins for the tiers."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from dataclasses import replace
+
+import pytest
+
+from kvtransfer.ledger.records import WorkerRecord
+from proto.control import Role
+from proto.errors import SetupError
+from proto.ids import Epoch, WorkerId
+from proto.settings import CacheSettings, LedgerSettings, LogSettings, ModelSettings, RouterSettings, WorkerSettings
+from tandem import options
+from tandem.local import LocalStack, Ready, StackSettings, child_groups
+from tandem.machine import Machine
+from tandem.options import ROUTER, SERVE, WORKER, Resolved, build_parser, resolve
+
+
+def stack_settings(*argv: str) -> StackSettings:
+    given = build_parser(SERVE, "tandem serve", "").read(["some/model", *argv])
+    resolved = resolve(SERVE, given, {})
+    return StackSettings.of(resolved, resolved.engine())
+
+
+def as_child_reads(environ: dict[str, str], scope: options.Scope) -> Resolved:
+    return resolve(scope, build_parser(scope, "tandem", "").read([]), environ)
+
+
+def test_children_are_stopped_router_first() -> None:
+    groups = child_groups(stack_settings("--prefill", "2", "--decode", "3"), Machine(4), is_private=True)
+    assert [[spec.name for spec in group] for group in groups] == [
+        ["router"],
+        ["prefill-0", "prefill-1"],
+        ["decode-0", "decode-1", "decode-2"],
+    ]
+
+
+def test_no_prefill_worker_is_a_stack_too() -> None:
+    groups = child_groups(stack_settings("--prefill", "0"), Machine(4), is_private=True)
+    assert [[spec.name for spec in group] for group in groups] == [["router"], [], ["decode-0"]]
+
+
+def test_a_worker_reads_its_settings_from_its_environment() -> None:
+    settings = stack_settings("--block-size", "32", "--lease-s=7", "--log-format=json", "--namespace=x", "--port=9")
+    settings = replace(settings, ledger=replace(settings.ledger, redis="unix:///r"))
+    _, (prefill,), (decode,) = child_groups(settings, Machine(8), is_private=True)
+    for spec in (prefill, decode):
+        read = as_child_reads(dict(spec.environ), WORKER)
+        assert read.get(ModelSettings) == ModelSettings(model="some/model", threads=4)
+        assert read.get(CacheSettings).block_size == 32
+        assert read.get(LedgerSettings) == LedgerSettings(redis="unix:///r", namespace="x")
+        assert read.get(LogSettings).log_format == "json"
+        assert read.get(WorkerSettings) == WorkerSettings(
+            host="127.0.0.1", advertise="127.0.0.1", http_port=0, worker_id=spec.name, lease_s=7.0
+        )
+        assert read.warnings == ()
+    assert prefill.argv[-3:] == ("-m", "tandem", "prefill")
+    assert decode.argv[-1] == "decode"
+
+
+def test_the_router_reads_its_settings_from_its_environment() -> None:
+    settings = stack_settings("--port", "9", "--disagg-threshold", "5", "--seed", "3")
+    ((router,), _, _) = child_groups(settings, Machine(8), is_private=True)
+    read = as_child_reads(dict(router.environ), ROUTER)
+    assert read.get(RouterSettings) == RouterSettings(port=9, disagg_threshold=5)
+    assert read.get(ModelSettings).seed == 3
+
+
+def test_secrets_travel_by_environment_to_those_who_need_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_API_KEY", "stale")
+    monkeypatch.setenv("TANDEM_PORT", "1")
+    settings = stack_settings("--api-key", "hush", "--prefix-hash-key=salt")
+    (router,), (prefill,), (decode,) = child_groups(settings, Machine(2), is_private=True)
+    assert as_child_reads(dict(router.environ), ROUTER).get(RouterSettings).api_key == ("hush",)
+    for spec in (prefill, decode):
+        assert "hush" not in spec.environ.values()
+        assert as_child_reads(dict(spec.environ), WORKER).get(CacheSettings).prefix_hash_key == "salt"
+    for spec in (router, prefill, decode):
+        assert "hush" not in " ".join(spec.argv)
+        assert "VLLM_API_KEY" not in spec.environ, "what the parent has read is passed on under one name only"
+        assert spec.environ["PATH"] == os.environ["PATH"]
+
+
+def test_on_a_shared_ledger_workers_can_be_reached_and_have_unique_names() -> None:
+    settings = stack_settings()
+    one, other = (child_groups(settings, Machine(2), is_private=False)[1][0] for _ in range(2))
+    assert one.name == other.name == "prefill-0"
+    assert one.environ["TANDEM_WORKER_ID"] != other.environ["TANDEM_WORKER_ID"]
+    read = as_child_reads(dict(one.environ), WORKER).get(WorkerSettings)
+    assert (read.host, read.advertise) == ("0.0.0.0", None)
+
+
+def test_ready_is_told_in_words() -> None:
+    record = WorkerRecord(
+        worker=WorkerId("decode-0"),
+        role=Role.DECODE,
+        epoch=Epoch("e"),
+        address="127.0.0.1:5",
+        layout="l",
+        numerics="n",
+        model="tiny",
+        model_digest="d",
+        block_size=16,
+        num_blocks=1000,
+    )
+    text = Ready("http://127.0.0.1:8000/v1", (record,)).describe()
+    assert "Ready: http://127.0.0.1:8000/v1  (model tiny)" in text
+    assert "decode-0  127.0.0.1:5  16,000 tokens of KV cache" in text
+
+
+@pytest.mark.parametrize(
+    ("argv", "url"),
+    [
+        ((), "http://127.0.0.1:8000/v1"),
+        (("--host", "10.1.2.3", "--port", "9"), "http://10.1.2.3:9/v1"),
+        (("--host", "::1", "--root-path", "/llm"), "http://[::1]:8000/llm/v1"),
+        (("--ssl-certfile", "c.pem"), "https://127.0.0.1:8000/v1"),
+    ],
+)
+def test_the_url_that_clients_use(argv: tuple[str, ...], url: str) -> None:
+    stack = LocalStack(stack_settings(*argv), Machine(1), say=lambda name, line: None, on_ready=lambda ready: None)
+    assert stack.url == url
+
+
+def test_port_zero_is_settled_before_anybody_is_told() -> None:
+    stack = LocalStack(stack_settings("--port", "0"), Machine(1), say=lambda name, line: None, on_ready=lambda r: None)
+    assert 0 < int(stack.url.split(":")[2].removesuffix("/v1")) < 65536
+
+
+async def test_a_model_that_does_not_load_ends_the_stack_with_its_reason() -> None:
+    said: list[tuple[str, str]] = []
+    settings = stack_settings("--model", "some/model", "--port", "0", "--device", "cpu", "--drain-timeout", "1")
+    model = replace(settings.engine.model, model="/nonexistent/model")
+    settings = replace(settings, engine=replace(settings.engine, model=model))
+    stack = LocalStack(
+        settings, Machine(1), say=lambda name, line: said.append((name, line)), on_ready=lambda ready: None
+    )
+    await stack.start()
+    try:
+        async with asyncio.timeout(120):
+            with pytest.raises(SetupError, match=r"(prefill|decode)-0 cannot start: .*/nonexistent/model"):
+                await stack.run()
+    finally:
+        await stack.stop()
+    assert [child.pid for child in stack.supervisor.children] == [None, None, None]
