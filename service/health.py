@@ -54,20 +54,24 @@ class Health:
 
     def loading(self, detail: str, progress: float | None = None) -> None:
         """``detail`` names what is loaded, ``progress`` is its share done. Fits as an engine's ``on_phase``."""
-        self._state = _State(Phase.LOADING, detail, progress)
+        self._enter(_State(Phase.LOADING, detail, progress))
 
     def warming(self) -> None:
-        self._state = _State(Phase.WARMING, "warming up")
+        self._enter(_State(Phase.WARMING, "warming up"))
 
     def ready(self) -> None:
-        self._state = _State(Phase.READY)
+        self._enter(_State(Phase.READY))
 
     def draining(self) -> None:
-        self._state = _State(Phase.DRAINING, "finishing what it has; takes nothing new")
+        self._enter(_State(Phase.DRAINING, "finishing what it has; takes nothing new"))
 
     def failed(self, detail: str) -> None:
-        """Final: later phases are not taken."""
-        self._state = _State(Phase.FAILED, detail)
+        """Final: no other phase follows, and the first failure's words stay."""
+        self._enter(_State(Phase.FAILED, detail))
+
+    def _enter(self, state: _State) -> None:
+        if self._state.phase is not Phase.FAILED:
+            self._state = state
 
     def report(self) -> HealthReport:
         state = self._state

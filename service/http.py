@@ -86,7 +86,6 @@ class HttpServer:
             log_config=None,
             access_log=False,
             server_header=False,
-            timeout_graceful_shutdown=None,
         )
         config.load()
         return Embedded(config)
@@ -97,14 +96,14 @@ class HttpServer:
         await asyncio.shield(self._serving)
 
     async def stop(self, timeout_s: float = 5.0) -> None:
-        """Takes no more connections, and gives the responses under way ``timeout_s`` seconds. May be called twice."""
+        """Takes no more connections; those not answered within ``timeout_s`` are broken off. Idempotent."""
         if self._server is None or self._serving is None:
             return
+        self._server.config.timeout_graceful_shutdown = timeout_s  # type: ignore[assignment]  # any number will do
         self._server.should_exit = True
-        done, _ = await asyncio.wait({self._serving}, timeout=timeout_s)
-        if not done:
-            self._server.force_exit = True
-            await asyncio.wait({self._serving})
+        await asyncio.wait({self._serving})
+        if broken_off := self._server.server_state.tasks:
+            await asyncio.wait(broken_off)
 
 
 def _listen(host: str, port: int) -> socket.socket:

@@ -74,6 +74,8 @@ async def _run(service: Service, drain_timeout: float) -> int:
         try:
             if await _until(signalled, service.start):
                 code = await _run_until(signalled, service)
+            else:
+                log.info("stopping: asked to, before the start was complete")
         finally:
             stopped = await _stop(service, drain_timeout)
     return code if stopped else EXIT_FAILED

@@ -55,9 +55,7 @@ class WorkerMetrics(MetricsPage):
             "tandem_step_seconds", "Seconds per engine step.", buckets=STAGE, registry=registry
         )
         self._waiting_tokens = Gauge("tandem_waiting_tokens", "Prompt tokens not yet computed.", registry=registry)
-        self._held = Gauge(
-            "tandem_held_requests", "Prompts that wait, computed, for a decode worker.", registry=registry
-        )
+        self._held = Gauge("tandem_held_requests", "Prompts computed and not yet handed over.", registry=registry)
         self._transfer_bytes = Counter(
             "tandem_kv_transfer_bytes", "KV bytes sent or received.", ("transport", "role"), registry=registry
         )
