@@ -95,6 +95,7 @@ class LocalRedis:
         """Returns once Redis answers. Raises SetupError with Redis' last words when it does not."""
         assert self._process is None, "already started"
         executable = self._executable or find_redis_server()
+        is_first = self._folder is None  # else others know this place already, and it stays
         if self._folder is None:
             # A short name: a socket's path may have 107 bytes.
             self._folder = Path(tempfile.mkdtemp(prefix="tandem-redis-"))
@@ -115,10 +116,10 @@ class LocalRedis:
                     raise EOFError("it ended")
                 await self._ping()
         except (OSError, EOFError, ValueError) as error:  # TimeoutError is an OSError
-            await self._abandon()
+            await self._abandon(is_first)
             raise SetupError(f"{executable} did not start: {'; '.join(self._last_lines) or error}") from error
         except BaseException:
-            await self._abandon()
+            await self._abandon(is_first)
             raise
 
     async def stop(self) -> None:
@@ -184,9 +185,10 @@ class LocalRedis:
             with contextlib.suppress(OSError):
                 await writer.wait_closed()
 
-    async def _abandon(self) -> None:
+    async def _abandon(self, is_first: bool) -> None:
         await self.kill()
-        self._remove_folder()
+        if is_first:
+            self._remove_folder()
 
     def _remove_folder(self) -> None:
         if self._folder is not None:

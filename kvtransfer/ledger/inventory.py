@@ -10,7 +10,8 @@ import collections
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 
 from kvtransfer.ledger.records import CacheChange, Cleared, merged
-from kvtransfer.ledger.redis import MOST_HASHES_PER_EVENT, NotRegistered, OutOfStep, RedisLedger
+from kvtransfer.ledger.redis import MOST_HASHES_PER_EVENT, RedisLedger
+from kvtransfer.ledger.replies import NotRegistered, OutOfStep
 from kvtransfer.ledger.retry import keep_doing
 from proto.ids import BlockHash, Epoch, WorkerId
 

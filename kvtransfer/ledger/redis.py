@@ -12,14 +12,13 @@ import contextlib
 import logging
 import secrets
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
-from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, TypeVar
 
 from redis.asyncio import Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import NoBackoff
-from redis.exceptions import NoScriptError, RedisError
+from redis.exceptions import AuthenticationError, NoScriptError, RedisError
 
 from kvtransfer.ledger.keys import Keys
 from kvtransfer.ledger.records import (
@@ -37,6 +36,7 @@ from kvtransfer.ledger.records import (
     encode_handoff,
     encode_worker,
 )
+from kvtransfer.ledger.replies import Heartbeat, LedgerCounts, Members, NotRegistered, OutOfStep
 from kvtransfer.ledger.scripts import Script, Scripts
 from proto.errors import RemoteProtocolError, SettingsError
 from proto.hashing import HASH_BYTES
@@ -53,45 +53,6 @@ _STAGING_TTL_MS = 60_000
 _OUT_OF_STEP = -1
 _NOT_REGISTERED = -2
 _T = TypeVar("_T")
-
-
-class OutOfStep(Exception):
-    """The ledger's inventory is not the one this change applies to: write it anew as a whole."""
-
-
-class NotRegistered(Exception):
-    """This incarnation is not on the ledger (any more): register, then write the inventory as a whole."""
-
-
-@dataclass(frozen=True, slots=True)
-class Heartbeat:
-    """What Redis said to a heartbeat. ``accepted`` is false when a newer incarnation has the worker's name.
-
-    ``nonce`` changes when Redis was emptied. ``sequence`` is that of the last inventory event; None: no inventory.
-    """
-
-    accepted: bool
-    nonce: str
-    sequence: int | None
-
-
-@dataclass(frozen=True, slots=True)
-class Members:
-    """Who is on the ledger, with the sequence of each one's inventory, as of event ``tail``."""
-
-    nonce: str
-    tail: str
-    workers: tuple[tuple[WorkerRecord, int | None], ...]
-
-
-@dataclass(frozen=True, slots=True)
-class LedgerCounts:
-    """Totals since this client was made."""
-
-    num_refused: int = 0
-    """Hand-off writes that were not above what was recorded."""
-    num_malformed: int = 0
-    """Records and events that could not be read, and were skipped."""
 
 
 class RedisLedger:
@@ -141,8 +102,17 @@ class RedisLedger:
         return LedgerCounts(self._num_refused, self._num_malformed)
 
     async def connect(self) -> None:
-        """Makes sure that Redis answers. Calling it is optional: other calls connect too."""
-        await self._ask(lambda redis: redis.ping())
+        """Asks whether Redis is there and fit for a ledger. Optional: other calls connect too, so LedgerAway from here
+        is no reason to give up. Raises SettingsError when Redis is there but does not let us in."""
+        try:
+            memory = await self._ask(lambda redis: redis.info("memory"))
+        except LedgerAway as error:
+            if isinstance(error.__cause__, AuthenticationError):
+                raise SettingsError(f"Redis wants another user or password in its URL: {error.__cause__}") from error
+            raise
+        policy = memory.get("maxmemory_policy", "unknown")
+        if policy != "noeviction":
+            log.warning("Redis evicts keys when full (maxmemory-policy is %s): set it to noeviction", policy)
 
     async def close(self) -> None:
         """Drops the connections. May be called twice."""

@@ -19,7 +19,8 @@ from kvtransfer.ledger.records import (
     Replaced,
     WorkerRecord,
 )
-from kvtransfer.ledger.redis import Members, RedisLedger
+from kvtransfer.ledger.redis import RedisLedger
+from kvtransfer.ledger.replies import Members
 from kvtransfer.ledger.retry import keep_doing
 from proto.ids import Epoch, WorkerId
 

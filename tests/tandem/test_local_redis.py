@@ -89,6 +89,21 @@ async def test_a_failed_start_says_what_redis_said() -> None:
         await second.stop()
 
 
+async def test_a_start_that_fails_keeps_the_place_that_others_know(tmp_path: Path) -> None:
+    server = tmp_path / "redis-server"
+    server.symlink_to(find_redis_server())
+    async with LocalRedis(executable=server) as redis:
+        url = redis.url
+        await redis.kill()
+        server.unlink()
+        with pytest.raises(SetupError, match="did not start"):
+            await redis.start()
+        server.symlink_to(find_redis_server())
+        await redis.start()
+        assert redis.url == url
+        assert await ask(url, "PING")
+
+
 async def test_something_that_is_not_redis_is_refused(tmp_path: Path) -> None:
     impostor = tmp_path / "redis-server"
     impostor.write_text("#!/bin/sh\necho not today\n")

@@ -133,6 +133,10 @@ async def test_a_handoff_nobody_advances_expires(local_redis: LocalRedis) -> Non
     async with RedisLedger(local_redis.url, "test", handoff_ttl_s=0.001, tombstone_ttl_s=0.001) as brief:
         await brief.advance(handoff("r", 2, Stage.DECODING))
         await brief.advance(handoff("s", 1, Stage.FAILED))
+        async with asyncio.timeout(30):
+            while await brief.handoff(R) or await brief.handoff(RequestId("s")):  # noqa: ASYNC110 - TTLs are silent
+                await asyncio.sleep(0.001)
+        assert await brief.open_handoffs() == []
     async with RedisLedger(local_redis.url, "test") as ledger, LedgerAudit(local_redis.url, "test") as audit:
         assert await ledger.advance(handoff("r", 1, Stage.ROUTED))
         assert await ledger.advance(handoff("s", 1, Stage.ROUTED))

@@ -20,7 +20,8 @@ from kvtransfer.ledger.records import (
     Snapshot,
     Stored,
 )
-from kvtransfer.ledger.redis import MOST_HASHES_PER_EVENT, NotRegistered, OutOfStep, RedisLedger
+from kvtransfer.ledger.redis import MOST_HASHES_PER_EVENT, RedisLedger
+from kvtransfer.ledger.replies import NotRegistered, OutOfStep
 from proto.errors import SettingsError
 from proto.ids import Epoch, WorkerId
 from proto.lifecycle import Stage
@@ -292,6 +293,27 @@ async def test_nothing_listening_is_named_as_such() -> None:
             await ledger.connect()
         with pytest.raises(LedgerAway):
             await ledger.advance(handoff("r", 1, Stage.ROUTED))
+
+
+async def test_connecting_warns_of_a_redis_that_evicts(
+    ledger: RedisLedger, raw: Redis, caplog: pytest.LogCaptureFixture
+) -> None:
+    await ledger.connect()
+    assert caplog.text == ""
+    await raw.config_set("maxmemory-policy", "allkeys-lru")
+    await ledger.connect()
+    assert "allkeys-lru" in caplog.text
+
+
+async def test_a_wrong_password_is_a_wrong_setting(ledger: RedisLedger, raw: Redis, local_redis: LocalRedis) -> None:
+    await raw.config_set("requirepass", "secret")
+    async with RedisLedger(local_redis.url, "test") as stranger:
+        with pytest.raises(SettingsError, match="password"):
+            await stranger.connect()
+        with pytest.raises(LedgerAway):  # whoever runs already goes on without
+            await stranger.workers()
+    async with RedisLedger(f"{local_redis.url}?password=secret", "test") as friend:
+        await friend.connect()
 
 
 @pytest.mark.parametrize("namespace", ["", "a:b"])

@@ -144,12 +144,16 @@ async def test_a_new_incarnation_replaces_the_old_with_its_inventory(ledger: Red
         assert W in believer.workers
 
 
-async def test_an_expired_worker_is_gone_once_it_had_time_to_come_back(local_redis: LocalRedis) -> None:
-    async with RedisLedger(local_redis.url, "test", ttl_s=0.2) as ledger:
-        await registered(ledger, 1)
-        async with watching(ledger) as believer:
-            await believer.until(lambda: W in believer.workers)
-            await believer.until(lambda: believer.workers == {})
+async def test_an_expired_worker_is_gone_once_it_had_time_to_come_back(
+    local_redis: LocalRedis, ledger: RedisLedger, raw: Redis
+) -> None:
+    await registered(ledger, 1)
+    await registered(ledger, 2, name="d1", epoch="f1")
+    async with RedisLedger(local_redis.url, "test", ttl_s=0.2) as impatient, watching(impatient) as believer:
+        await believer.until(lambda: set(believer.workers) == {"d0", "d1"})
+        await raw.delete("test:worker:d0", "test:sequence:e1", "test:inventory:device:e1")  # what expiry does
+        await believer.until(lambda: set(believer.workers) == {"d1"})
+        assert set(believer.inventories) == {"f1"}
 
 
 async def test_an_emptied_redis_ejects_nobody_who_comes_back(ledger: RedisLedger, raw: Redis) -> None:
