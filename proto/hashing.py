@@ -18,6 +18,11 @@ _FULL = b"\x01"
 _PARTIAL = b"\x02"
 
 
+def hash_key(secret: str) -> bytes:
+    """The key of a deployment's BlockHasher, from its secret of any length; an empty secret means no key."""
+    return hashlib.blake2b(secret.encode()).digest() if secret else b""
+
+
 class BlockHasher:
     """Hashes token sequences block by block.
 

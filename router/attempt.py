@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from proto.control import FromRouter
+from proto.errors import TandemError
 from proto.ids import Epoch, Generation, RequestId
 from proto.lifecycle import Stage
 from proto.request import FinishReason, Request, TokenOut
@@ -21,14 +22,16 @@ from router.stages import StageChange
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Rules:
-    """``patience_s``: how long a request waits for a worker to come back when none is left. ``verdict_s``: how long a
-    decode worker may take to say whether it has everything, once its prefill worker is gone."""
+    """``patience_s``: how long a request waits for a worker to come back when none is left. ``room_patience_s``: how
+    long computed blocks wait for a decode worker that has room. ``verdict_s``: how long a decode worker may take to say
+    whether it has everything, once its prefill worker is gone."""
 
     request_timeout_s: float = 600.0
     max_attempts: int = 6
     max_buffered_tokens: int = 4096
     lease_s: float = 30.0
     patience_s: float = 10.0
+    room_patience_s: float = 120.0
     verdict_s: float = 5.0
 
 
@@ -88,8 +91,12 @@ class Listener(Protocol):
     def tokens_came(self, tokens: Sequence[TokenOut], at: float) -> None:
         """New tokens of one request, each once, at ``at`` on the router's clock."""
 
+    def turned_away(self, error: TandemError) -> None:
+        """A request got an error before anything was sent."""
+
     def refused(self, reason: str) -> None:
-        """A message was not applied: ``stale``, ``unknown``, ``duplicate`` or ``conflict``."""
+        """A message was not applied: ``stale`` (an older try's), ``unknown`` (no such request), or ``conflict`` (a
+        token that differs from the one delivered)."""
 
     def ended(self, end: RequestEnd) -> None: ...
 

@@ -13,7 +13,7 @@ from collections.abc import AsyncIterator, Sequence
 from typing import Protocol
 
 from proto.control import Failed, FromRouter, FromWorker, Progress, Rejected, Renew, Tokens
-from proto.errors import Unavailable
+from proto.errors import TandemError, Unavailable
 from proto.hashing import BlockHasher
 from proto.ids import BlockHash, Epoch, RequestId, WorkerId
 from proto.request import Request, TokenOut
@@ -124,14 +124,10 @@ class Flow:
 
     async def start(self, new: NewRequest) -> RequestStream:
         """Admits and places a request. Raises Overloaded, NoWorker or Unavailable, and then nothing is left of it."""
-        request = self._admission.admit(new)
-        life = Life(request, new.label, self._rules, self, self._listener, self._timers)
         try:
-            self._hashes[request.id] = self._fleet.hasher().full_blocks(request.prompt, request.cache_salt)
-            self._lives[request.id] = life
-            life.begin()
-        except BaseException:
-            self._forget(request.id)
+            life = self._admit(new)
+        except TandemError as error:
+            self._listener.turned_away(error)
             raise
         self._idle.clear()
         if self._renewal is None:
@@ -211,10 +207,8 @@ class Flow:
         self._fleet.mark_draining(epoch)
 
     def ended(self, request: RequestId) -> None:
-        assembly = self._lives[request].assembly
-        for reason, count in (("duplicate", assembly.num_duplicates), ("conflict", assembly.num_conflicts)):
-            for _ in range(count):
-                self._listener.refused(reason)
+        for _ in range(self._lives[request].assembly.num_conflicts):
+            self._listener.refused("conflict")
         self._forget(request)
 
     # Small steps.
@@ -222,6 +216,18 @@ class Flow:
     @property
     def _timers(self) -> Timers:
         return self._given_timers or asyncio.get_running_loop()
+
+    def _admit(self, new: NewRequest) -> Life:
+        request = self._admission.admit(new)
+        life = Life(request, new.label, self._rules, self, self._listener, self._timers)
+        try:
+            self._hashes[request.id] = self._fleet.hasher().full_blocks(request.prompt, request.cache_salt)
+            self._lives[request.id] = life
+            life.begin()
+        except BaseException:
+            self._forget(request.id)
+            raise
+        return life
 
     def _life(self, request: RequestId) -> Life | None:
         life = self._lives.get(request)

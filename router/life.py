@@ -21,6 +21,7 @@ from proto.request import Request, TokenOut
 from router.assembly import TokenAssembly
 from router.attempt import Cancellable, Dispatcher, Listener, RequestEnd, Rules, Timers, Try
 from router.buffer import TokenBuffer
+from router.patience import LONGEST_PAUSE_S, Patience
 from router.policy import Candidate, Decision, Way
 from router.recovery import Remedy, Side, Situation, after_loss, after_rejection, error_of, is_nobodys_fault
 from router.stages import StageChange, StageClock
@@ -28,8 +29,6 @@ from router.stages import StageChange, StageClock
 log = logging.getLogger(__name__)
 
 _WAY = {Remedy.RESTART: Way.PAIR, Remedy.RESUME: Way.LOCAL, Remedy.REDIRECT: Way.DECODE}
-_FIRST_PAUSE_S = 0.05
-_LONGEST_PAUSE_S = 1.0
 
 
 class Life:
@@ -63,9 +62,8 @@ class Life:
         self._avoid: set[Epoch] = set()
         self._numerics = ""
         self._num_faults = 0
-        self._num_pauses = 0
         self._room_hint_s: float | None = None
-        self._alone_since: float | None = None
+        self._patience = Patience(rules.patience_s, rules.room_patience_s)
         self._deadline: Cancellable | None = None
         self._pause: Cancellable | None = None
         self._verdict: Cancellable | None = None
@@ -169,9 +167,8 @@ class Life:
         if self._need is not None:
             self._prefill_spoke_up(news)
             return
-        pause = news.retry_after_s or _LONGEST_PAUSE_S
         if news.reason is RejectReason.FULL:
-            self._dispatcher.mark_full(epoch, pause)
+            self._dispatcher.mark_full(epoch, news.retry_after_s or LONGEST_PAUSE_S)
         elif news.reason is RejectReason.DRAINING:
             self._dispatcher.mark_draining(epoch)
         remedy = after_rejection(side, news.reason, news.held, self._situation())
@@ -180,8 +177,12 @@ class Life:
             return
         self._avoid |= self._blamed(epoch, news.reason, remedy)
         self._room_hint_s = news.retry_after_s
-        waits_for_room = news.reason is RejectReason.REFUSED and news.retry_after_s is not None
-        self._recover(remedy, counts=not (is_nobodys_fault(news.reason) or waits_for_room))
+        is_refused = remedy is Remedy.REDIRECT and news.reason is RejectReason.REFUSED
+        if is_refused and not self._patience.refused(self._timers.time()):
+            patience, stage = self._rules.room_patience_s, self.stage.value
+            self.fail(Overloaded(f"no decode worker had room within {patience:g} s", stage=stage))
+            return
+        self._recover(remedy, counts=not is_nobodys_fault(news.reason))
 
     def failed(self, epoch: Epoch, news: Failed) -> None:
         side = self._admit(epoch, news.generation)
@@ -226,7 +227,7 @@ class Life:
             self._wait_alone(error)
         else:
             self._need = None
-            self._alone_since = None
+            self._patience.placed()
             self._start(decision, remedy)
 
     def _recover(self, remedy: Remedy, *, counts: bool = True) -> None:
@@ -249,9 +250,7 @@ class Life:
             self._avoid.clear()
             self._wait(self._room_hint_s)
             return
-        now = self._timers.time()
-        self._alone_since = now if self._alone_since is None else self._alone_since
-        if now - self._alone_since >= self._rules.patience_s:
+        if not self._patience.alone(self._timers.time()):
             stage = self.stage.value
             self.fail(WorkerLost(f"no worker is left to go on from stage {stage}: {error.message}", stage=stage))
         else:
@@ -269,10 +268,8 @@ class Life:
             self._try.prefill = None
             self._need = self._situation().again
 
-    def _wait(self, seconds: float | None) -> None:
-        self._num_pauses += 1
-        grown = min(_FIRST_PAUSE_S * 2 ** min(self._num_pauses - 1, 10), _LONGEST_PAUSE_S)
-        self._pause = self._timers.call_later(max(grown, seconds or 0.0), self.wake)
+    def _wait(self, at_least: float | None) -> None:
+        self._pause = self._timers.call_later(self._patience.pause(at_least), self.wake)
 
     def _start(self, decision: Decision, remedy: Remedy) -> None:
         """The next generation. The decode worker is told first, so that it expects what the prefill worker offers."""
@@ -336,7 +333,7 @@ class Life:
         else:
             if not self._try.local:
                 self._adopted()
-            self._num_pauses = 0
+            self._patience.moved_on()
             self._advance(Stage.DECODING)
         if side is Side.DECODE or not self._try.adopted:
             self._numerics = speaker.numerics
@@ -345,7 +342,7 @@ class Life:
         if self._try.adopted:
             return
         self._try.adopted = True
-        self._num_pauses = 0
+        self._patience.moved_on()
         self._cancel_verdict()
         self._advance(Stage.ADOPTED)
         self._stop_on_decode(self.assembly.stopped_choices())

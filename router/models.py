@@ -8,11 +8,9 @@ import logging
 from collections.abc import Callable
 from pathlib import Path
 
-from huggingface_hub import snapshot_download
-
 from proto.control import ModelCard
 from proto.errors import CheckpointError, NoWorker
-from proto.hashing import BlockHasher
+from proto.hashing import BlockHasher, hash_key
 from proto.settings import ModelSettings
 from router.tokenizer import ServedModel
 
@@ -27,14 +25,22 @@ TOKENIZER_FILES = (
 
 
 class Models:
-    """One ServedModel per layout that was shown. ``serve`` says which of them is current."""
+    """One ServedModel per layout that was shown. ``serve`` says which of them is current; ``on_served`` hears of it."""
 
-    def __init__(self, settings: ModelSettings, *, chat_template: str | None = None, prefix_hash_key: str = "") -> None:
+    def __init__(
+        self,
+        settings: ModelSettings,
+        *,
+        chat_template: str | None = None,
+        prefix_hash_key: str = "",
+        on_served: Callable[[ServedModel], None] = lambda _: None,
+    ) -> None:
         self._settings = settings
         self._chat_template = chat_template
-        self._prefix_hash_key = prefix_hash_key.encode()
+        self._hash_key = hash_key(prefix_hash_key)
         self._known: dict[str, tuple[ServedModel, BlockHasher]] = {}
         self._layout = ""
+        self._on_served = on_served
         self.trouble = "no worker has been seen yet"
         """Why there is no current model."""
 
@@ -44,14 +50,15 @@ class Models:
     async def learn(self, card: ModelCard) -> None:
         """Makes the card's model usable. Raises CheckpointError or SettingsError where its tokenizer is not."""
         served = await asyncio.to_thread(self._load, card)
-        hasher = BlockHasher(card.hash_namespace, card.block_size, self._prefix_hash_key)
+        hasher = BlockHasher(card.hash_namespace, card.block_size, self._hash_key)
         self._known[card.layout] = (served, hasher)
         log.info("model %s: %d tokens of context, vocabulary of %d", card.model, card.max_model_len, card.vocab_size)
 
     def serve(self, layout: str) -> None:
         """From now on ``layout``'s model is current. An empty or unknown one changes nothing."""
-        if layout in self._known:
+        if layout != self._layout and layout in self._known:
             self._layout = layout
+            self._on_served(self.current())
 
     def current(self) -> ServedModel:
         """Raises NoWorker while no worker was ever seen."""
@@ -81,17 +88,20 @@ class Models:
         )
 
     def _tokenizer_files(self, place: str) -> dict[str, bytes]:
-        folder = Path(place) if Path(place).is_dir() else Path(self._from_hub(snapshot_download, place))
+        folder = Path(place) if Path(place).is_dir() else self._from_hub(place)
         files = {name: (folder / name).read_bytes() for name in TOKENIZER_FILES if (folder / name).is_file()}
         if "tokenizer.json" not in files:
             raise CheckpointError(f"--tokenizer {place}: there is no tokenizer.json")
         return files
 
-    def _from_hub(self, download: Callable[..., str], name: str) -> str:
+    def _from_hub(self, name: str) -> Path:
+        from huggingface_hub import snapshot_download  # slow to import, and seldom needed
+
         settings = self._settings
         try:
-            return download(
+            folder = snapshot_download(
                 name, cache_dir=settings.download_dir, token=settings.hf_token, allow_patterns=list(TOKENIZER_FILES)
             )
         except (OSError, ValueError) as error:
             raise CheckpointError(f"--tokenizer {name} is no folder, and the hub does not give it: {error}") from error
+        return Path(folder)

@@ -87,7 +87,7 @@ def after_rejection(side: Side, reason: RejectReason, held: bool, situation: Sit
 
 def is_nobodys_fault(reason: RejectReason) -> bool:
     """Whether a rejection says nothing about the request: it is not counted as an attempt."""
-    return reason in (RejectReason.FULL, RejectReason.DRAINING)
+    return reason in (RejectReason.FULL, RejectReason.DRAINING, RejectReason.REFUSED)
 
 
 _BY_STATUS: dict[int, type[TandemError]] = {400: InvalidRequest, 429: Overloaded, 501: NotSupported, 503: Unavailable}

@@ -255,6 +255,7 @@ async def test_without_workers_nothing_is_left_behind() -> None:
         await house.start()
     assert house.flow.num_inflight == house.admission.num_inflight == house.timers.num_live == 0
     assert not house.heard.ends
+    assert [type(error) for error in house.heard.turned] == [NoWorker]
 
 
 async def test_draining_waits_for_those_inside_and_admits_nobody() -> None:

@@ -280,6 +280,18 @@ async def test_a_full_decode_worker_alone_is_asked_again_while_the_blocks_are_he
     assert len(await read_all(stream)) == 2
 
 
+async def test_there_is_an_end_to_waiting_for_room() -> None:
+    house = House("p1", "d1", room_patience_s=20.0)
+    stream = await house.start()
+    for _ in range(100):
+        if house.flow.num_inflight:
+            house.rejects("p1", stream.id, RejectReason.REFUSED, held=True)
+            house.timers.advance(1.0)
+    with pytest.raises(Overloaded, match="room"):
+        await anext(stream)
+    assert house.aborts_to("p1")
+
+
 async def test_waiting_for_a_decode_worker_when_prefill_lets_go() -> None:
     house = House("p1", "d1")
     stream = await house.start()

@@ -20,7 +20,7 @@ from proto.control import (
     Role,
     Tokens,
 )
-from proto.errors import NoWorker
+from proto.errors import NoWorker, TandemError
 from proto.hashing import BlockHasher
 from proto.ids import Epoch, Generation, RequestId, WorkerId
 from proto.lifecycle import Stage
@@ -132,6 +132,7 @@ class Recorder:
         self.refusals: list[str] = []
         self.ends: list[RequestEnd] = []
         self.local: list[bool] = []
+        self.turned: list[TandemError] = []
         self.num_tokens = 0
 
     def stage_changed(self, change: StageChange) -> None:
@@ -145,6 +146,9 @@ class Recorder:
 
     def tokens_came(self, tokens: Sequence[TokenOut], at: float) -> None:
         self.num_tokens += len(tokens)
+
+    def turned_away(self, error: TandemError) -> None:
+        self.turned.append(error)
 
     def refused(self, reason: str) -> None:
         self.refusals.append(reason)
