@@ -39,9 +39,12 @@ def build_app(
     ready: Callable[[], Readiness],
     metrics: MetricsLike,
 ) -> FastAPI:
-    """The application, ready for any ASGI server. Raises SettingsError when the key file cannot be read."""
+    """The application, ready for any ASGI server; ``settings.root_path`` is dealt with here, not by the server.
+
+    Raises SettingsError when the key file cannot be read.
+    """
     api = Api(settings=settings, flow=flow, models=models, metrics=metrics, version=_version())
-    app = FastAPI(title="Tandem", version=api.version, root_path=settings.root_path, redirect_slashes=False)
+    app = FastAPI(title="Tandem", version=api.version, redirect_slashes=False)
     _add_openai_routes(app, api)
     _add_service_routes(app, api, ready)
     for kind in (TandemError, HTTPException, ClientGone, ClientDisconnect):
@@ -56,7 +59,7 @@ def build_app(
             allow_headers=["*"],
             expose_headers=_EXPOSED,
         )
-    app.add_middleware(Edge, metrics=metrics)
+    app.add_middleware(Edge, metrics=metrics, root_path=settings.root_path)
     return app
 
 

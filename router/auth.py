@@ -40,7 +40,7 @@ class ApiKeys:
 
     def __init__(self, app: ASGIApp, keys: Sequence[str]) -> None:
         self._app = app
-        self._digests = [_digest(key) for key in keys]
+        self._digests = [_digest(key.encode()) for key in keys]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -58,7 +58,7 @@ class ApiKeys:
         scheme, _, key = headers.get("authorization", "").partition(" ")
         if scheme.lower() != "bearer":
             return False
-        given = _digest(key.strip())
+        given = _digest(key.strip().encode("latin-1"))  # as header bytes came in
         # Every key is compared, and digests in constant time: timing tells nothing.
         matches = [hmac.compare_digest(given, digest) for digest in self._digests]
         return any(matches)
@@ -75,5 +75,5 @@ def is_authorized(request: Request) -> bool:
     return bool(request.state.authorized)
 
 
-def _digest(key: str) -> bytes:
-    return hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()
+def _digest(key: bytes) -> bytes:
+    return hashlib.sha256(key).digest()

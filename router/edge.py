@@ -20,11 +20,13 @@ class Edge:
     """Middleware. Puts ``label`` into the scope's state, and X-Request-ID onto every response.
 
     A client's X-Request-ID is kept if it is printable ASCII of at most 128 characters; otherwise it gets a new one.
+    Paths below ``root_path`` are found with and without it, so a proxy may strip the prefix or leave it.
     """
 
-    def __init__(self, app: ASGIApp, metrics: MetricsLike) -> None:
+    def __init__(self, app: ASGIApp, metrics: MetricsLike, root_path: str = "") -> None:
         self._app = app
         self._metrics = metrics
+        self._root_path = root_path.rstrip("/")
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -33,6 +35,7 @@ class Edge:
         given = Headers(scope=scope).get("x-request-id", "")
         label = given if _LABEL.fullmatch(given) else uuid.uuid4().hex
         scope.setdefault("state", {})["label"] = label
+        scope["root_path"] = self._root_path
         start = time.monotonic()
         status = 0
 

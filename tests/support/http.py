@@ -147,6 +147,7 @@ class ScriptedFlow:
     requests: list[NewRequest] = field(default_factory=list)
     streams: list[ScriptedStream] = field(default_factory=list)
     num_cached: int = 0
+    started: asyncio.Event = field(default_factory=asyncio.Event)
 
     async def start(self, new: NewRequest) -> ScriptedStream:
         self.requests.append(new)
@@ -155,6 +156,7 @@ class ScriptedFlow:
             raise steps
         stream = ScriptedStream(steps, self.num_cached)
         self.streams.append(stream)
+        self.started.set()
         return stream
 
 
