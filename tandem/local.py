@@ -119,6 +119,11 @@ class LocalStack:
         return self._supervisor
 
     @property
+    def ledger(self) -> LedgerSettings:
+        """Where the tiers meet; known once started."""
+        return self._settings.ledger
+
+    @property
     def url(self) -> str:
         router = self._settings.router
         scheme = "https" if router.ssl_certfile else "http"
