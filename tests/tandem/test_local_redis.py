@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import shutil
 import signal
@@ -145,8 +146,10 @@ async def test_it_dies_with_a_parent_that_was_killed() -> None:
     parent.kill()
     await parent.wait()
     async with asyncio.timeout(30):
-        assert await reader.read() == b""  # Redis' end of the connection is gone, and so is Redis
-    writer.close()
-    await writer.wait_closed()
+        with contextlib.suppress(ConnectionResetError):  # another way of being gone
+            assert await reader.read() == b""
+        writer.close()
+        with contextlib.suppress(ConnectionResetError):
+            await writer.wait_closed()
     assert int(pid) > 0
     shutil.rmtree(folder_of(url))  # which nobody was left to do
