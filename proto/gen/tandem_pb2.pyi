@@ -481,7 +481,7 @@ class Fence(_message.Message):
     decode_epoch: str
     def __init__(self, request: _Optional[str] = ..., generation: _Optional[int] = ..., prefill_epoch: _Optional[str] = ..., decode_epoch: _Optional[str] = ...) -> None: ...
 
-class Handoff(_message.Message):
+class HandoffEnvelope(_message.Message):
     __slots__ = ("wire_version", "fence", "offer", "grant", "refuse", "ack", "nack", "seal", "withdraw", "adopted", "stale")
     WIRE_VERSION_FIELD_NUMBER: _ClassVar[int]
     FENCE_FIELD_NUMBER: _ClassVar[int]

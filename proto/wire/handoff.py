@@ -1,6 +1,6 @@
 """The messages of a hand-off, to and from bytes: protobuf for control, raw bytes for blocks.
 
-    control   00 | Handoff (protobuf)
+    control   00 | HandoffEnvelope (protobuf)
     block     01 | header length, u16 | header (msgpack) | payload
 
     header    [wire version, request, generation, prefill epoch, decode epoch, index, checksum, offset, payload length]
@@ -61,7 +61,7 @@ def encode_handoff(message: HandoffMessage) -> bytes:
     """Copies a frame's payload once, into the result."""
     if isinstance(message, Frame):
         return _encode_frame(message)
-    envelope = pb.Handoff(wire_version=WIRE_VERSION)
+    envelope = pb.HandoffEnvelope(wire_version=WIRE_VERSION)
     with our_fault(type(message).__name__):
         envelope.fence.request = message.fence.request
         envelope.fence.generation = message.fence.generation
@@ -80,7 +80,7 @@ def decode_handoff(data: bytes) -> HandoffMessage:
         return _decode_frame(view)
     if view[0] != _CONTROL:
         raise RemoteProtocolError(f"unknown kind of message: {view[0]}")
-    envelope = unseal(pb.Handoff(), view[1:])
+    envelope = unseal(pb.HandoffEnvelope(), view[1:])
     has(envelope, "fence")
     given(envelope.fence, "request", "generation")
     fence = Fence(
@@ -160,7 +160,7 @@ def _text(name: str, value: object) -> str:
     raise RemoteProtocolError(f"a frame's {name} is {value!r:.40}")
 
 
-def _fill_body(envelope: pb.Handoff, message: HandoffMessage) -> None:
+def _fill_body(envelope: pb.HandoffEnvelope, message: HandoffMessage) -> None:
     match message:
         case Offer():
             _fill_offer(envelope.offer, message)
@@ -208,7 +208,7 @@ def _fill_offer(message: pb.Offer, offer: Offer) -> None:
     message.lease_s = offer.lease_s
 
 
-def _read_body(envelope: pb.Handoff, fence: Fence) -> HandoffMessage:
+def _read_body(envelope: pb.HandoffEnvelope, fence: Fence) -> HandoffMessage:
     match envelope.WhichOneof("body"):
         case "offer":
             return _read_offer(envelope.offer, fence)

@@ -133,7 +133,7 @@ FROM_ROUTER: st.SearchStrategy[FromRouter] = st.one_of(
     st.builds(Prefill, accepted_requests(), GENERATIONS, PEERS, SECONDS),
     st.builds(Redirect, REQUESTS, GENERATIONS, PEERS),
     attaches(),
-    st.builds(Abort, REQUESTS, GENERATIONS),
+    st.builds(Abort, REQUESTS, GENERATIONS, st.lists(st.integers(0, 127), max_size=3).map(tuple)),
     st.builds(Renew, st.lists(REQUESTS, max_size=5).map(tuple), SECONDS),
 )
 
@@ -384,10 +384,10 @@ def test_frame_headers_of_any_shape(data: bytes) -> None:
 # ---- particular faults -----------------------------------------------------------------------------------------------
 
 
-def refuses(decode: Decoder, envelope: pb.FromRouter | pb.FromWorker | pb.Handoff, match: str) -> None:
+def refuses(decode: Decoder, envelope: pb.FromRouter | pb.FromWorker | pb.HandoffEnvelope, match: str) -> None:
     data = envelope.SerializeToString()
     with pytest.raises(RemoteProtocolError, match=match):
-        decode(b"\x00" + data if isinstance(envelope, pb.Handoff) else data)
+        decode(b"\x00" + data if isinstance(envelope, pb.HandoffEnvelope) else data)
 
 
 def prefill() -> pb.FromRouter:
@@ -463,12 +463,12 @@ def test_a_message_without_a_known_body() -> None:
     refuses(wire.decode_from_router, pb.FromRouter(wire_version=1), "without a body")
     refuses(wire.decode_from_worker, pb.FromWorker(wire_version=1), "without a body")
     fence = pb.Fence(request="r.1", generation=1)
-    refuses(wire.decode_handoff, pb.Handoff(wire_version=1, fence=fence), "without a body")
+    refuses(wire.decode_handoff, pb.HandoffEnvelope(wire_version=1, fence=fence), "without a body")
 
 
 def test_a_message_without_a_fence() -> None:
-    refuses(wire.decode_handoff, pb.Handoff(wire_version=1, ack=pb.Ack(upto=1)), "without fence")
-    empty = pb.Handoff(wire_version=1, fence=pb.Fence(generation=1), ack=pb.Ack(upto=1))
+    refuses(wire.decode_handoff, pb.HandoffEnvelope(wire_version=1, ack=pb.Ack(upto=1)), "without fence")
+    empty = pb.HandoffEnvelope(wire_version=1, fence=pb.Fence(generation=1), ack=pb.Ack(upto=1))
     refuses(wire.decode_handoff, empty, "without request")
 
 
@@ -496,7 +496,7 @@ def test_columns_that_do_not_fit_together(tokens: pb.Tokens, match: str) -> None
 
 def test_hashes_that_are_no_whole_number() -> None:
     offer = Offer(FENCE, "l", "t", "n", 3, 1, (BlockHash(b"x" * 16),), (TransportOffer("grpc"),), 1.0)
-    envelope = pb.Handoff.FromString(wire.encode_handoff(offer)[1:])
+    envelope = pb.HandoffEnvelope.FromString(wire.encode_handoff(offer)[1:])
     envelope.offer.hashes += b"x"
     refuses(wire.decode_handoff, envelope, "17 bytes")
 
