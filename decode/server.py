@@ -44,7 +44,9 @@ def readers_for(transports: Sequence[str]) -> list[PayloadReader]:
 
 def _build(context: WorkerContext) -> TierParts:
     fences = FenceTable(context.epoch, TOMBSTONE_S)
-    tier = DecodeTier(context.host, context.routers, fences, done_lease_s=context.settings.lease_s)
+    tier = DecodeTier(
+        context.host, context.routers, fences, metrics=context.metrics, done_lease_s=context.settings.lease_s
+    )
     server = HandoffServer(context.host, tier, fences, readers_for(context.settings.transports))
     return tier, (handoff_handler(server.serve),)
 

@@ -29,6 +29,7 @@ from proto.handoff import Fence, Offer, RefuseReason, Seal, SealedChoice
 from proto.ids import Generation, RequestId, try_id
 from proto.lifecycle import Stage
 from proto.request import Request, TokenOut
+from service.metrics import WorkerMetrics
 from worker.host import EngineHost, StepNews
 from worker.leases import Leases
 from worker.routers import RouterStreams
@@ -40,10 +41,19 @@ log = logging.getLogger(__name__)
 class DecodeTier:
     """Serves routers' requests on one engine, from KV that arrives or that it computes. ``close`` lets go of all."""
 
-    def __init__(self, host: EngineHost, routers: RouterStreams, fences: FenceTable, *, done_lease_s: float) -> None:
+    def __init__(
+        self,
+        host: EngineHost,
+        routers: RouterStreams,
+        fences: FenceTable,
+        *,
+        metrics: WorkerMetrics,
+        done_lease_s: float,
+    ) -> None:
         self._host = host
         self._routers = routers
         self._fences = fences
+        self._metrics = metrics
         self._done_lease_s = done_lease_s
         self._seats: dict[RequestId, Seat] = {}
         self._by_key: dict[RequestId, Seat] = {}
@@ -181,6 +191,12 @@ class DecodeTier:
 
     async def reserve(self, offer: Offer) -> Reservation | Refusal:
         """Room for an offered prompt, under the engine's name for this try."""
+        answer = await self._reserve(offer)
+        if isinstance(answer, Refusal):
+            self._metrics.handoff_refused(answer.reason)
+        return answer
+
+    async def _reserve(self, offer: Offer) -> Reservation | Refusal:
         fence = offer.fence
         if self.is_draining:
             return Refusal(RefuseReason.DRAINING, "the decode worker is draining")
@@ -289,6 +305,7 @@ class DecodeTier:
         if seat := self._seats.get(request):
             if not seat.is_done:
                 log.warning("request %s: no news from its router, its lease has ended", request)
+                self._metrics.lease_expired()
             self._drop(seat, "the lease has ended")
 
     def _drop(self, seat: Seat, reason: str) -> None:
@@ -313,7 +330,9 @@ class DecodeTier:
     def _progress(
         self, seat: Seat, stage: Stage, *, num_cached: int = 0, num_bytes: int = 0, duration_s: float | None = None
     ) -> None:
+        left = seat.clock.stage
         spent = seat.clock.enter(stage)
+        self._metrics.stage_left(left, spent)
         spent = spent if duration_s is None else duration_s
         self._routers.send(seat.request, Progress(seat.request, seat.generation, stage, num_cached, num_bytes, spent))
 

@@ -232,6 +232,7 @@ class PrefillTier:
     def _lease_ended(self, request: RequestId) -> None:
         if job := self._jobs.get(request):
             log.warning("request %s: no news from its router, its lease has ended", request)
+            self._metrics.lease_expired()
             self._drop(job, "the lease has ended")
 
     def _drop(self, job: Job, reason: str) -> None:
@@ -253,7 +254,9 @@ class PrefillTier:
     # Helpers.
 
     def _progress(self, job: Job, stage: Stage, *, num_cached: int = 0) -> None:
+        left = job.clock.stage
         spent = job.clock.enter(stage)
+        self._metrics.stage_left(left, spent)
         news = Progress(job.request.id, job.generation, stage, num_cached=num_cached, duration_s=spent)
         self._routers.send(job.request.id, news)
 

@@ -121,8 +121,8 @@ class Pod:
         return side
 
     async def decode(self, name: str = "d0") -> Side:
-        side, fences, _ = await self._side(Role.DECODE, name)
-        side.tier = DecodeTier(side.host, side.routers, fences, done_lease_s=60.0)
+        side, fences, metrics = await self._side(Role.DECODE, name)
+        side.tier = DecodeTier(side.host, side.routers, fences, metrics=metrics, done_lease_s=60.0)
         self._servers[side.peer.address] = HandoffServer(side.host, side.tier, fences, readers_for(["grpc"]))
         return side
 
