@@ -1,0 +1,122 @@
+"""Channels and servers: addresses, ports, large messages, TLS, proxies."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import grpc
+import grpc.aio
+import pytest
+
+from proto.control import ModelCard
+from proto.errors import NoWorker, SetupError
+from proto.health import HealthReport, Phase
+from service.rpc import RouterStream, TlsFiles, WorkerClient, join_address, serve, split_address, worker_handler
+
+CARD = ModelCard("m", ("m",), "d", 64, 100, (2,), 16, "l", "ns", {"tokenizer.json": bytes(40 << 20)})
+
+
+def handler() -> grpc.GenericRpcHandler:
+    async def describe() -> ModelCard:
+        return CARD
+
+    async def health() -> HealthReport:
+        return HealthReport(Phase.READY, is_ready=True)
+
+    async def on_stream(stream: RouterStream) -> None:
+        raise NoWorker("not in these tests")
+
+    return worker_handler(describe, health, on_stream)
+
+
+async def test_a_taken_port_is_a_setup_error() -> None:
+    server, port = await serve("127.0.0.1", 0, [handler()])
+    with pytest.raises(SetupError, match=f"127.0.0.1:{port}"):
+        await serve("127.0.0.1", port, [handler()])
+    await server.stop(None)
+
+
+async def test_a_card_with_a_large_tokenizer_fits() -> None:
+    server, port = await serve("127.0.0.1", 0, [handler()])
+    client = WorkerClient(f"127.0.0.1:{port}")
+    assert await client.describe() == CARD
+    await client.close()
+    await client.close()
+    await server.stop(None)
+
+
+async def test_a_proxy_of_the_environment_is_not_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("http_proxy", "https_proxy", "grpc_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    server, port = await serve("127.0.0.1", 0, [handler()])
+    client = WorkerClient(f"127.0.0.1:{port}")
+    assert (await client.health()).is_ready
+    await client.close()
+    await server.stop(None)
+
+
+@pytest.mark.parametrize(
+    ("host", "port", "address"),
+    [("localhost", 80, "localhost:80"), ("::1", 80, "[::1]:80"), ("10.0.0.1", 9, "10.0.0.1:9")],
+)
+def test_addresses_there_and_back(host: str, port: int, address: str) -> None:
+    assert join_address(host, port) == address
+    assert split_address(address) == (host, port)
+
+
+@pytest.mark.parametrize("text", ["", "host", "host:", ":80", "host:http", "host:-1"])
+def test_what_is_no_address(text: str) -> None:
+    with pytest.raises(ValueError, match="not host:port"):
+        split_address(text)
+
+
+@pytest.fixture(scope="session")
+def make_certificate(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Path, Path]]:
+    """Self-signed, so each is its own authority. Returns (certificate, key)."""
+
+    def make(name: str) -> tuple[Path, Path]:
+        folder = tmp_path_factory.mktemp(name)
+        certificate, key = folder / "certificate.pem", folder / "key.pem"
+        subprocess.run(
+            [
+                *("openssl", "req", "-x509", "-nodes", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1"),
+                *("-subj", f"/CN={name}", "-addext", f"subjectAltName=DNS:{name}", "-days", "2"),
+                *("-keyout", str(key), "-out", str(certificate)),
+            ],
+            check=True,
+            capture_output=True,
+        )
+        return certificate, key
+
+    return make
+
+
+async def test_both_sides_prove_who_they_are(make_certificate: Callable[[str], tuple[Path, Path]]) -> None:
+    worker, worker_key = make_certificate("worker.tandem")
+    router, router_key = make_certificate("router.tandem")
+    server, port = await serve(
+        "127.0.0.1", 0, [handler()], TlsFiles(certificate=worker, key=worker_key, authority=router)
+    )
+    known = WorkerClient(
+        f"127.0.0.1:{port}", TlsFiles(certificate=router, key=router_key, authority=worker, name="worker.tandem")
+    )
+    assert (await known.health()).is_ready
+    for stranger in (None, TlsFiles(authority=worker, name="worker.tandem"), TlsFiles(authority=router)):
+        client = WorkerClient(f"127.0.0.1:{port}", stranger)
+        with pytest.raises(NoWorker):
+            await client.health(timeout_s=2.0)
+        await client.close()
+    await known.close()
+    await server.stop(None)
+
+
+def test_missing_tls_files_are_named(tmp_path: Path) -> None:
+    missing = tmp_path / "none.pem"
+    with pytest.raises(SetupError, match=str(missing)):
+        TlsFiles(authority=missing).channel_credentials()
+    with pytest.raises(SetupError, match=str(missing)):
+        TlsFiles(certificate=missing, key=missing).server_credentials()
+    with pytest.raises(SetupError, match="certificate and its key"):
+        TlsFiles(authority=missing).server_credentials()
