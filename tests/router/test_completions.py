@@ -256,7 +256,7 @@ async def test_tokens_after_a_stop_string_do_not_count() -> None:
 @given(
     cuts=st.lists(st.integers(1, 5), min_size=1, max_size=60), stop=st.sampled_from(["STOP", "你好", "is", " o", "x"])
 )
-@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=20, deadline=None)
 def test_the_answer_does_not_depend_on_how_tokens_are_batched(cuts: list[int], stop: str) -> None:
     tokens = tokens_of(MODEL, TEXT, finish=FinishReason.LENGTH)
 
