@@ -5,6 +5,8 @@ Knows no order of events; that is ``life``'s.
 
 from __future__ import annotations
 
+import asyncio
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -40,11 +42,21 @@ class Cancellable(Protocol):
 
 
 class Timers(Protocol):
-    """What of an event loop a life needs; an asyncio loop is one."""
+    """What of an event loop a life needs (``LoopTimers``)."""
 
     def time(self) -> float: ...
 
     def call_later(self, delay: float, callback: Callable[[], object], /) -> Cancellable: ...
+
+
+class LoopTimers:
+    """The running event loop's timers, with a clock finer than uvloop's own, which counts whole milliseconds."""
+
+    def time(self) -> float:
+        return time.monotonic()
+
+    def call_later(self, delay: float, callback: Callable[[], object], /) -> Cancellable:
+        return asyncio.get_running_loop().call_later(delay, callback)
 
 
 class Dispatcher(Protocol):

@@ -18,7 +18,7 @@ from proto.hashing import BlockHasher
 from proto.ids import BlockHash, Epoch, RequestId, WorkerId
 from proto.request import Request, TokenOut
 from router.admission import Admission
-from router.attempt import Cancellable, Listener, Rules, Timers
+from router.attempt import Cancellable, Listener, LoopTimers, Rules, Timers
 from router.contract import NewRequest, StageTimes
 from router.life import Life
 from router.policy import Ask, Candidate, Decision, View, Way, Weights, choose
@@ -105,7 +105,7 @@ class Flow:
         self._rules = rules
         self._weights = weights
         self._listener = listener
-        self._given_timers = timers
+        self._timers = timers or LoopTimers()
         self._lives: dict[RequestId, Life] = {}
         self._hashes: dict[RequestId, Sequence[BlockHash]] = {}
         self._turn = 0
@@ -212,10 +212,6 @@ class Flow:
         self._forget(request)
 
     # Small steps.
-
-    @property
-    def _timers(self) -> Timers:
-        return self._given_timers or asyncio.get_running_loop()
 
     def _admit(self, new: NewRequest) -> Life:
         request = self._admission.admit(new)

@@ -18,7 +18,7 @@ class Patience:
 
     def pause(self, at_least: float | None = None) -> float:
         """Seconds to wait now."""
-        grown = FIRST_PAUSE_S * 2 ** min(self._num_pauses, 10)
+        grown = FIRST_PAUSE_S * 2.0 ** min(self._num_pauses, 10)
         self._num_pauses += 1
         return max(min(grown, LONGEST_PAUSE_S), at_least or 0.0)
 

@@ -251,10 +251,12 @@ class Registry:
             self._events.worker_up(member.record.epoch)
 
     def member_down(self, member: _Member, reason: str) -> None:
-        log.warning("lost %s worker %s: %s", member.record.role.value, member.record.worker, reason)
+        is_known = self._members.get(member.record.epoch) is member
+        level = logging.WARNING if is_known else logging.INFO  # it was let go before
+        log.log(level, "lost %s worker %s: %s", member.record.role.value, member.record.worker, reason)
         if self._events is not None:
             self._events.worker_down(member.record.epoch)
-        if not member.is_recorded and member.record.epoch in self._members:
+        if is_known and not member.is_recorded:
             self._drop(member, "its stream ended and it is gone from the ledger")
 
     def member_said(self, member: _Member, message: FromWorker) -> None:
