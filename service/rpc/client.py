@@ -15,7 +15,7 @@ from proto.control import FromRouter, FromWorker, Hello, ModelCard, Welcome
 from proto.errors import NoWorker, RemoteProtocolError
 from proto.health import HealthReport
 from proto.wire import decode_card, decode_from_worker, decode_health, encode_from_router
-from service.rpc.connection import TlsFiles, channel
+from service.rpc.connection import SILENCE_S, TlsFiles, channel
 from service.rpc.duplex import DEFAULT_OUTBOX, Duplex, StreamClosed, describe_rpc_error
 from service.rpc.worker import SERVICE
 
@@ -66,10 +66,16 @@ class WorkerStream:
 class WorkerClient:
     """Speaks to the worker at ``address`` (host:port). ``close`` it; calls after that fail."""
 
-    def __init__(self, address: str, tls: TlsFiles | None = None, max_outbox: int = DEFAULT_OUTBOX) -> None:
+    def __init__(
+        self,
+        address: str,
+        tls: TlsFiles | None = None,
+        max_outbox: int = DEFAULT_OUTBOX,
+        silence_s: float = SILENCE_S,
+    ) -> None:
         self.address = address
         self._max_outbox = max_outbox
-        self._channel = channel(address, tls)
+        self._channel = channel(address, tls, silence_s)
         self._describe: UnaryUnaryMultiCallable[bytes, bytes] = self._channel.unary_unary(f"/{SERVICE}/Describe")
         self._health: UnaryUnaryMultiCallable[bytes, bytes] = self._channel.unary_unary(f"/{SERVICE}/Health")
         self._serve: StreamStreamMultiCallable[bytes, bytes] = self._channel.stream_stream(f"/{SERVICE}/Serve")

@@ -18,12 +18,12 @@ from proto.wire import MAX_MESSAGE_BYTES
 _SLACK_BYTES = 1 << 20
 """Our own limit answers first, with a better message than gRPC's."""
 
+SILENCE_S = 10.0
+"""How long a peer may give no sign of life: one whose machine is gone, or that is stopped, closes no connection."""
+
 _COMMON: tuple[tuple[str, int], ...] = (
     ("grpc.max_send_message_length", MAX_MESSAGE_BYTES + _SLACK_BYTES),
     ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES + _SLACK_BYTES),
-    # A peer whose machine is gone sends no FIN: ping after 5 s of silence, give up after 5 s more.
-    ("grpc.keepalive_time_ms", 5_000),
-    ("grpc.keepalive_timeout_ms", 5_000),
     ("grpc.keepalive_permit_without_calls", 1),
     ("grpc.http2.max_pings_without_data", 0),
 )
@@ -40,6 +40,16 @@ _SERVER: tuple[tuple[str, int], ...] = (
     ("grpc.http2.min_recv_ping_interval_without_data_ms", 1_000),
     ("grpc.http2.max_ping_strikes", 0),
 )
+
+
+def _keepalive(silence_s: float) -> tuple[tuple[str, int], ...]:
+    """A ping after half of ``silence_s``, and the other half to answer it."""
+    half_ms = round(silence_s * 500)
+    return (
+        ("grpc.keepalive_time_ms", half_ms),
+        ("grpc.keepalive_timeout_ms", half_ms),
+        ("grpc.http2.ping_timeout_ms", half_ms),  # outlasts the line above in newer gRPC: a minute by default
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,22 +90,27 @@ def _read(path: Path) -> bytes:
         raise SetupError(f"cannot read the TLS file {path}: {error.strerror}") from error
 
 
-def channel(address: str, tls: TlsFiles | None = None) -> grpc.aio.Channel:
+def channel(address: str, tls: TlsFiles | None = None, silence_s: float = SILENCE_S) -> grpc.aio.Channel:
     """A channel to ``address`` (host:port). It connects when first used, and again after a loss.
 
     Channels to one address share one connection, so one may be made per use; each is closed by whoever made it.
     """
+    options = (*_CHANNEL, *_keepalive(silence_s))
     if tls is None:
-        return grpc.aio.insecure_channel(address, options=_CHANNEL)
+        return grpc.aio.insecure_channel(address, options=options)
     named = (("grpc.ssl_target_name_override", tls.name),) if tls.name else ()
-    return grpc.aio.secure_channel(address, tls.channel_credentials(), options=(*_CHANNEL, *named))
+    return grpc.aio.secure_channel(address, tls.channel_credentials(), options=(*options, *named))
 
 
 async def serve(
-    host: str, port: int, handlers: Sequence[grpc.GenericRpcHandler], tls: TlsFiles | None = None
+    host: str,
+    port: int,
+    handlers: Sequence[grpc.GenericRpcHandler],
+    tls: TlsFiles | None = None,
+    silence_s: float = SILENCE_S,
 ) -> tuple[grpc.aio.Server, int]:
     """A started server and its port (``port`` 0: any free one). Raises SetupError when it cannot listen."""
-    server = grpc.aio.server(options=_SERVER)
+    server = grpc.aio.server(options=(*_SERVER, *_keepalive(silence_s)))
     server.add_generic_rpc_handlers(tuple(handlers))
     address = join_address(host, port)
     try:

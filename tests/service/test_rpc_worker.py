@@ -37,8 +37,10 @@ async def worker(
     on_stream: Callable[[RouterStream], Awaitable[None]],
     describe: Callable[[], Awaitable[ModelCard]] = describe,
     max_outbox: int = 100,
+    silence_s: float = 10.0,
 ) -> AsyncIterator[WorkerClient]:
-    server, port = await serve("127.0.0.1", 0, [worker_handler(describe, healthy, on_stream, max_outbox)])
+    handler = worker_handler(describe, healthy, on_stream, max_outbox)
+    server, port = await serve("127.0.0.1", 0, [handler], silence_s=silence_s)
     client = WorkerClient(f"127.0.0.1:{port}")
     try:
         yield client
@@ -292,6 +294,32 @@ async def test_a_killed_worker_is_noticed_by_its_router() -> None:
     await stream.close()
     await client.close()
     await process.communicate()
+
+
+async def test_a_stopped_worker_is_noticed_by_its_silence() -> None:
+    process, port = await start_process(WORKER_PROCESS)
+    client = WorkerClient(f"127.0.0.1:{port}", silence_s=0.5)
+    stream = await client.connect(HELLO)
+    process.send_signal(signal.SIGSTOP)
+    async with asyncio.timeout(10):
+        with pytest.raises(StreamClosed, match="lost"):
+            await stream.receive()
+    await stream.close()
+    await client.close()
+    process.kill()
+    await process.communicate()
+
+
+async def test_a_stopped_router_is_noticed_by_its_silence() -> None:
+    recorder = Recorder()
+    async with worker(recorder, silence_s=0.5) as client:
+        process, line = await start_process(ROUTER_PROCESS, client.address)
+        assert line == "connected"
+        process.send_signal(signal.SIGSTOP)
+        async with asyncio.timeout(10):
+            await recorder.ended
+        process.kill()
+        await process.communicate()
 
 
 async def test_a_killed_router_is_noticed_by_its_worker() -> None:
