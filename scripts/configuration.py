@@ -1,0 +1,82 @@
+#!/usr/bin/env python3
+"""Writes docs/configuration.md from the settings themselves; with --check, fails where it is not what it should be."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGE = ROOT / "docs" / "configuration.md"
+sys.path.insert(0, str(ROOT))
+
+from tandem.folklore import FOLKLORE  # noqa: E402
+from tandem.option import SECTIONS, Option, options_of  # noqa: E402
+from tandem.options import ROUTER, SERVE, WORKER  # noqa: E402
+
+HEAD = """\
+# Configuration
+
+<!-- Written by scripts/configuration.py; `make docs` writes it anew. -->
+
+Every setting has one name, spelt four ways: the flag `--max-model-len` (or `--max_model_len`), the environment
+variable `TANDEM_MAX_MODEL_LEN`, the key `max_model_len` of the YAML file given with `--config` (or `TANDEM_CONFIG`),
+and, for the first three components below, the keyword of `tandem.LLM(max_model_len=...)`. A flag wins over the
+environment, that over the file, and that over the default. `--print-config` prints the outcome, with secrets masked, as
+a file that `--config` takes back.
+
+- Numbers take suffixes: `32K` is 32768, `32k` is 32000; sizes also `4GiB` and `4GB`.
+- Lists take commas (`--transports shm,grpc`), repetition, or JSON.
+- Booleans are `--x` and `--no-x`; `--x=false` is understood too.
+- In the file, keys may be nested under their component or stand flat. Unknown keys are errors. One file may serve a
+  whole deployment: each command takes from it what it needs.
+- An empty environment variable counts as not set.
+"""
+
+
+def render() -> str:
+    parts = [HEAD]
+    for section in ("model", "cache", "scheduler", "local", "ledger", "worker", "router", "log"):
+        doc = (SECTIONS[section].__doc__ or "").strip().replace("``", "`")
+        parts.append(f"## {section}\n\n{doc} {commands_of(section)}\n")
+        parts.append("| flag | default | what it is |\n|---|---|---|")
+        parts.extend(row(option) for option in options_of(section))
+        parts.append("")
+    parts.append(
+        "## Flags of other servers\n\nWhat is pasted from a guide should do what it says, or explain itself. These are "
+        "accepted, with a warning or in silence, where they ask for what is so anyway; a value that asks for more is "
+        "an error.\n\n| flag | why |\n|---|---|"
+    )
+    parts.extend(f"| `{entry.flag}` | {entry.why} |" for entry in FOLKLORE)
+    return "\n".join(parts) + "\n"
+
+
+def row(option: Option) -> str:
+    names = [f"`{option.flag}`", *(f"`{name}`" for name in option.extra_env)]
+    text = option.help if not option.choices else f"{option.help} ({', '.join(option.choices)})"
+    bounds = [f"at least {option.low:g}"] if option.low is not None else []
+    bounds += [f"at most {option.high:g}"] if option.high is not None else []
+    text += f"; {', '.join(bounds)}" if bounds else ""
+    default = "" if option.default in (None, (), "") else f"`{option.write(option.default)}`"
+    return f"| {', '.join(names)} | {default} | {text.replace('|', '&#124;')} |"
+
+
+def commands_of(section: str) -> str:
+    scopes = {"serve": SERVE, "prefill": WORKER, "decode": WORKER, "router": ROUTER}
+    names = [f"`tandem {name}`" for name, scope in scopes.items() if section in scope.sections]
+    return f"Taken by {', '.join(names)}."
+
+
+def main() -> int:
+    text = render()
+    if "--check" not in sys.argv[1:]:
+        PAGE.write_text(text)
+        return 0
+    if PAGE.read_text() == text:
+        return 0
+    print("docs/configuration.md is out of date: run `make docs`", file=sys.stderr)
+    return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
