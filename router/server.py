@@ -96,7 +96,6 @@ class RouterService:
             router.port,
             certificate=Path(router.ssl_certfile) if router.ssl_certfile else None,
             key=Path(router.ssl_keyfile) if router.ssl_keyfile else None,
-            root_path=router.root_path,
         )
         self._known_epochs: set[Epoch] = set()
 

@@ -1,0 +1,283 @@
+"""The router as a process: HTTP in front, scripted workers behind gRPC, and a real ledger in between."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+
+import aiohttp
+import pytest
+
+from kvtransfer.ledger.records import WorkerRecord
+from kvtransfer.ledger.redis import RedisLedger
+from proto.control import Attach, FromRouter, Load, LoadReport, ModelCard, Prefill, Progress, Role, Tokens, Welcome
+from proto.errors import SettingsError
+from proto.hashing import BlockHasher, hash_key
+from proto.health import HealthReport, Phase
+from proto.ids import Epoch, RequestId, WorkerId
+from proto.layout import WIRE_VERSION
+from proto.lifecycle import Stage
+from proto.request import FinishReason, TokenOut
+from proto.settings import CacheSettings, LedgerSettings, ModelSettings, RouterSettings
+from router.server import RouterService
+from service.rpc import RouterStream, StreamClosed, serve, worker_handler
+from tandem.local_redis import LocalRedis
+from tests.support.http import model_card, served_model
+from tests.support.ledger import until
+
+LETTERS = served_model().encode("abcd", add_special_tokens=False)
+PROMPT = "a prompt of some length, which is sent twice"
+
+
+class ScriptedWorker:
+    """Answers every request with "abcd": the first token from prefill, the others from decode."""
+
+    def __init__(self, name: str, role: Role) -> None:
+        self.name, self.role, self.epoch = WorkerId(name), role, Epoch(f"epoch-{name}")
+        self.got: list[FromRouter] = []
+        self.may_speak = asyncio.Event()
+        self.may_speak.set()
+        self.streams: list[RouterStream] = []
+
+    async def describe(self) -> ModelCard:
+        return model_card()
+
+    async def health(self) -> HealthReport:
+        return HealthReport(Phase.READY, True)
+
+    async def serve(self, stream: RouterStream) -> None:
+        self.streams.append(stream)
+        stream.send(Welcome(self.name, self.epoch, self.role, WIRE_VERSION))
+        stream.send(LoadReport(Load(num_running=3, num_blocks=10, num_free_blocks=5)))
+        try:
+            while True:
+                message = await stream.receive()
+                self.got.append(message)
+                if isinstance(message, (Prefill, Attach)):
+                    await self.may_speak.wait()
+                    self.answer(stream, message)
+        except StreamClosed:
+            pass
+
+    def answer(self, stream: RouterStream, message: Prefill | Attach) -> None:
+        request, generation = message.request.id, message.generation
+        last = len(LETTERS) - 1
+        tokens = [
+            TokenOut(request, 0, at, token, finish=FinishReason.LENGTH if at == last else None)
+            for at, token in enumerate(LETTERS)
+        ]
+        start = len(message.request.forced[0]) if message.request.forced else 0
+        if isinstance(message, Prefill):
+            tokens = tokens[:1]
+        elif not message.local:
+            stream.send(Progress(request, generation, Stage.ADOPTED, num_bytes=100))
+            tokens = tokens[1:]
+        else:
+            tokens = tokens[start:]
+        stream.send(Tokens(((request, generation),), tuple(tokens)))
+
+
+class Town:
+    """A router service, its ledger as workers see it, and the workers that were started."""
+
+    def __init__(self, service: RouterService, ledger: RedisLedger, http: aiohttp.ClientSession) -> None:
+        self.service, self.ledger, self.http = service, ledger, http
+        self._servers: dict[WorkerId, tuple[WorkerRecord, object]] = {}
+
+    async def add(self, worker: ScriptedWorker) -> ScriptedWorker:
+        handler = worker_handler(worker.describe, worker.health, worker.serve)
+        server, port = await serve("127.0.0.1", 0, [handler])
+        record = WorkerRecord(
+            worker=worker.name,
+            role=worker.role,
+            epoch=worker.epoch,
+            address=f"127.0.0.1:{port}",
+            layout="layout",
+            numerics="n",
+            model="tiny",
+            model_digest="digest",
+            block_size=16,
+            num_blocks=10,
+        )
+        self._servers[worker.name] = (record, server)
+        await self.ledger.register(record)
+        await until(lambda: any(c.worker == worker.name and c.is_usable for c in self.service.registry.view().workers))
+        return worker
+
+    async def kill(self, worker: ScriptedWorker) -> None:
+        _, server = self._servers.pop(worker.name)
+        await server.stop(None)  # type: ignore[attr-defined]
+
+    async def get(self, path: str) -> tuple[int, str]:
+        async with self.http.get(f"http://127.0.0.1:{self.service.port}{path}") as response:
+            return response.status, await response.text()
+
+    async def complete(self, prompt: str = PROMPT) -> tuple[int, dict[str, object]]:
+        body = {"model": "tiny", "prompt": prompt, "max_tokens": 4}
+        async with self.http.post(f"http://127.0.0.1:{self.service.port}/v1/completions", json=body) as response:
+            return response.status, json.loads(await response.text())
+
+    async def close(self) -> None:
+        for _, server in self._servers.values():
+            await server.stop(None)  # type: ignore[attr-defined]
+
+
+@asynccontextmanager
+async def town(redis: LocalRedis, *, drain_s: float = 5.0, **router: int) -> AsyncIterator[Town]:
+    service = RouterService(
+        RouterSettings(host="127.0.0.1", port=0, **{"disagg_threshold": 0, **router}),
+        LedgerSettings(redis=redis.url, namespace="test"),
+        ModelSettings(),
+        CacheSettings(prefix_hash_key="secret"),
+        drain_s=drain_s,
+    )
+    await service.start()
+    async with RedisLedger(redis.url, "test", ttl_s=60.0) as ledger, aiohttp.ClientSession() as http:
+        made = Town(service, ledger, http)
+        try:
+            yield made
+        finally:
+            await service.stop()
+            await made.close()
+
+
+async def eventually(is_so: Callable[[], Awaitable[bool]]) -> None:
+    async with asyncio.timeout(30):
+        while not await is_so():  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
+
+
+def text_of(body: dict[str, object]) -> str:
+    return body["choices"][0]["text"]  # type: ignore[index,no-any-return]
+
+
+async def test_from_an_empty_house_to_an_answer(local_redis: LocalRedis) -> None:
+    async with town(local_redis) as place:
+        assert (await place.get("/health/live"))[0] == 200
+        status, reasons = await place.get("/ready")
+        assert status == 503
+        assert "no decode worker is connected" in reasons
+        status, body = await place.complete()
+        assert status == 503
+        assert "no worker has been seen yet" in str(body)
+
+        await place.add(ScriptedWorker("d1", Role.DECODE))
+        prefill = await place.add(ScriptedWorker("p1", Role.PREFILL))
+        assert (await place.get("/health"))[0] == 200
+        status, body = await place.complete()
+        assert status == 200, body
+        assert text_of(body) == "abcd"
+        assert [type(message) for message in prefill.got][:1] == [Prefill]
+
+        _, metrics = await place.get("/metrics")
+        assert 'tandem_workers{role="decode"} 1.0' in metrics
+        assert 'vllm:num_requests_running{model_name="tiny"} 6.0' in metrics
+        assert 'vllm:generation_tokens_total{model_name="tiny"} 4.0' in metrics
+        assert 'tandem_routed_total{target="prefill"} 1.0' in metrics
+        assert "tandem_inflight_requests 0.0" in metrics
+        assert 'tandem_requests_total{finish="length"} 1.0' in metrics
+
+
+async def test_an_open_handoff_is_on_the_ledger_and_then_closed(local_redis: LocalRedis) -> None:
+    async with town(local_redis) as place:
+        decode = await place.add(ScriptedWorker("d1", Role.DECODE))
+        await place.add(ScriptedWorker("p1", Role.PREFILL))
+        decode.may_speak.clear()
+        answer = asyncio.ensure_future(place.complete())
+        request = RequestId(f"{place.service.epoch}.1")
+
+        async def stage(wanted: Stage) -> bool:
+            record = await place.ledger.handoff(request)
+            return record is not None and record.stage is wanted
+
+        await eventually(lambda: stage(Stage.SEALED))
+        (opened,) = await place.ledger.open_handoffs()
+        assert (opened.request, opened.prefill_epoch, opened.decode_epoch) == (request, "epoch-p1", "epoch-d1")
+        decode.may_speak.set()
+        assert (await answer)[0] == 200
+        await eventually(lambda: stage(Stage.FINISHED))
+        assert await place.ledger.open_handoffs() == []
+
+
+async def test_a_cached_prefix_is_found_by_the_secret_hash(local_redis: LocalRedis) -> None:
+    async with town(local_redis, disagg_threshold=16) as place:
+        await place.add(ScriptedWorker("p1", Role.PREFILL))
+        decode = await place.add(ScriptedWorker("d1", Role.DECODE))
+        await place.complete()
+        first = next(message for message in decode.got if isinstance(message, Attach))
+        assert not first.local
+        hashes = BlockHasher("ns", 16, hash_key("secret")).full_blocks(first.request.prompt)
+        await place.ledger.replace(decode.name, decode.epoch, 1, hashes)
+        await until(lambda: place.service.index.num_hashes(decode.epoch) == len(hashes))
+        await place.complete()
+        assert next(m for m in reversed(decode.got) if isinstance(m, Attach)).local
+
+
+async def test_a_dead_decode_worker_costs_no_answer(local_redis: LocalRedis) -> None:
+    async with town(local_redis) as place:
+        await place.add(ScriptedWorker("p1", Role.PREFILL))
+        first = await place.add(ScriptedWorker("d1", Role.DECODE))
+        first.may_speak.clear()
+        answer = asyncio.ensure_future(place.complete())
+        await until(lambda: any(isinstance(message, Attach) for message in first.got))
+        second = await place.add(ScriptedWorker("d2", Role.DECODE))
+        await place.kill(first)
+        status, body = await answer
+        assert (status, text_of(body)) == (200, "abcd")
+        attach = next(message for message in second.got if isinstance(message, Attach))
+        assert attach.generation == 2
+
+
+async def test_without_redis_the_known_workers_go_on(local_redis: LocalRedis) -> None:
+    async with town(local_redis) as place:
+        await place.add(ScriptedWorker("p1", Role.PREFILL))
+        await place.add(ScriptedWorker("d1", Role.DECODE))
+        await local_redis.stop()
+        assert (await place.complete())[0] == 200
+
+        async def missed() -> bool:
+            return "Redis" in (await place.get("/ready"))[1]
+
+        await eventually(missed)
+        assert (await place.get("/ready"))[0] == 200
+
+
+async def test_stopping_lets_those_inside_finish(local_redis: LocalRedis) -> None:
+    async with town(local_redis) as place:
+        await place.add(ScriptedWorker("p1", Role.PREFILL))
+        decode = await place.add(ScriptedWorker("d1", Role.DECODE))
+        decode.may_speak.clear()
+        answer = asyncio.ensure_future(place.complete())
+        await until(lambda: any(isinstance(message, Attach) for message in decode.got))
+        stopping = asyncio.ensure_future(place.service.stop())
+
+        async def unready() -> bool:
+            return (await place.get("/ready"))[0] == 503
+
+        await eventually(unready)
+        assert (await place.complete())[0] == 503
+        decode.may_speak.set()
+        status, body = await answer
+        assert (status, text_of(body)) == (200, "abcd")
+        await stopping
+
+
+async def test_what_does_not_finish_in_time_is_told_so(local_redis: LocalRedis) -> None:
+    async with town(local_redis, drain_s=0.0) as place:
+        await place.add(ScriptedWorker("p1", Role.PREFILL))
+        decode = await place.add(ScriptedWorker("d1", Role.DECODE))
+        decode.may_speak.clear()
+        answer = asyncio.ensure_future(place.complete())
+        await until(lambda: any(isinstance(message, Attach) for message in decode.got))
+        await place.service.stop()
+        status, body = await answer
+        assert status == 503
+        assert "shutting down" in str(body)
+        decode.may_speak.set()
+
+
+def test_a_router_needs_to_know_where_redis_is() -> None:
+    with pytest.raises(SettingsError, match="Redis"):
+        RouterService(RouterSettings(), LedgerSettings(), ModelSettings(), CacheSettings())
