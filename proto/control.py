@@ -80,8 +80,8 @@ class Attach:
 class Abort:
     """Let go of everything of this request up to ``generation``. Answered by silence; may be repeated.
 
-    ``choices`` names the only ones to end (a stop string matched in the router); empty: the whole request. A worker that
-    does not run these choices yet may forget this: the router says it again once the worker reports ADOPTED.
+    ``choices`` names the only ones to end (a stop string matched in the router); empty: the whole request. A worker
+    that does not run these choices yet may forget this: the router says it again once the worker reports ADOPTED.
     """
 
     request: RequestId

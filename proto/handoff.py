@@ -114,7 +114,7 @@ class Nack:
 
 @dataclass(frozen=True, slots=True)
 class SealedChoice:
-    """The first token of one choice. ``state`` is kept for grammars, whose state cannot be rebuilt from tokens alone."""
+    """The first token of one choice. ``state`` is for grammars, whose state cannot be rebuilt from tokens alone."""
 
     first_token: int
     state: bytes = b""

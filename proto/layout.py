@@ -18,7 +18,7 @@ DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "float8_e4m3fn": 1}
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """``num_bytes`` bytes at ``offset`` of a block: one layer's keys or values, ``[block_size, kv_heads, head_dim]``."""
+    """``num_bytes`` at ``offset`` of a block: one layer's keys or values, ``[block_size, kv_heads, head_dim]``."""
 
     layer: int
     part: str
@@ -79,8 +79,8 @@ class KvLayout:
 class MemoryExport:
     """Where another process of this host can map a worker's KV memory: ``/proc/<pid>/fd/<fd>``, read-only.
 
-    Block ``b`` lies at ``b * block_bytes``. ``nonce`` (16 bytes) is written at ``nonce_offset``, after the last block: a
-    reader that finds it there reads the memory it means, and not that of another process or container.
+    Block ``b`` lies at ``b * block_bytes``. ``nonce`` (16 bytes) is written at ``nonce_offset``, after the last block:
+    a reader that finds it there reads the memory it means, and not that of another process or container.
     """
 
     pid: int

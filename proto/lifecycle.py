@@ -1,10 +1,10 @@
 """The stages of a request: the one list that metrics, traces, timings and fault tests share.
 
-    RECEIVED ─▶ ROUTED ─▶ QUEUED ─▶ PREFILLING ─▶ STREAMING ─▶ SEALED ─▶ ADOPTED ─▶ DECODING ─▶ FINISHED
-                  ▲  └────────────────── local prefill on D ────────────────────────▶ │
-                  └──────────── next generation (a worker died, refused, or was redirected) ◀────┘
+RECEIVED ─▶ ROUTED ─▶ QUEUED ─▶ PREFILLING ─▶ STREAMING ─▶ SEALED ─▶ ADOPTED ─▶ DECODING ─▶ FINISHED
+              ▲  └────────────────── local prefill on D ────────────────────────▶ │
+              └──────────── next generation (a worker died, refused, or was redirected) ◀────┘
 
-    from every stage that is not terminal: ABORTED (the client left) or FAILED (an error reply)
+from every stage that is not terminal: ABORTED (the client left) or FAILED (an error reply)
 """
 
 from __future__ import annotations

@@ -17,6 +17,8 @@ from proto.ids import RequestId
 
 _MASK64 = (1 << 64) - 1
 MAX_CHOICES = 128
+_MAX_WHOLE = (1 << 63) - 1
+"""Whole numbers without another bound still have to fit the wire."""
 
 
 class FinishReason(enum.Enum):
@@ -105,7 +107,8 @@ class SamplingParams:
             _whole("max_tokens", self.max_tokens, 1, None)
             if self.min_tokens > self.max_tokens:
                 raise InvalidRequest(
-                    f"min_tokens ({self.min_tokens}) must not exceed max_tokens ({self.max_tokens}).", param="min_tokens"
+                    f"min_tokens ({self.min_tokens}) must not exceed max_tokens ({self.max_tokens}).",
+                    param="min_tokens",
                 )
         if self.logprobs is not None:
             _whole("logprobs", self.logprobs, 0, max_logprobs)
@@ -135,7 +138,7 @@ class SamplingParams:
 def _whole(name: str, value: Any, low: int, high: int | None) -> None:
     if isinstance(value, bool) or not isinstance(value, int):
         raise InvalidRequest(f"{name} must be a whole number, got {value!r}.", param=name)
-    _in_range(name, value, low, high)
+    _in_range(name, value, low, high if high is not None else _MAX_WHOLE)
 
 
 def _number(name: str, value: Any, low: float, high: float | None) -> None:
@@ -146,7 +149,7 @@ def _number(name: str, value: Any, low: float, high: float | None) -> None:
 
 def _in_range(name: str, value: float, low: float, high: float | None) -> None:
     if value < low or (high is not None and value > high):
-        bounds = f"at least {low}" if high is None else f"between {low} and {high}"
+        bounds = f"at least {low}" if high in (None, _MAX_WHOLE) and value < low else f"between {low} and {high}"
         raise InvalidRequest(f"{name} must be {bounds}, got {value}.", param=name)
 
 
