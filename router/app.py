@@ -31,6 +31,9 @@ Handler = Callable[[Request], Awaitable[Response]]
 
 _EXPOSED = ["x-request-id", "x-tandem-ignored", "x-tandem-prefill", "x-tandem-decode", "server-timing", "retry-after"]
 
+_JSON_BODY = {"requestBody": {"required": True, "content": {"application/json": {"schema": {"type": "object"}}}}}
+"""For /docs: the fields are read by ``router.validate``, which FastAPI does not see."""
+
 
 def build_app(
     settings: RouterSettings,
@@ -69,7 +72,7 @@ def _add_openai_routes(app: FastAPI, api: Api) -> None:
             return await endpoint(api, request)
 
         handle.__name__, handle.__doc__ = endpoint.__name__, endpoint.__doc__
-        app.add_api_route(path, handle, methods=[method])
+        app.add_api_route(path, handle, methods=[method], openapi_extra=_JSON_BODY if method == "POST" else None)
 
     add("/v1/completions", "POST", create_completion)
     add("/v1/chat/completions", "POST", create_chat_completion)

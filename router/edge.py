@@ -35,6 +35,8 @@ class Edge:
         given = Headers(scope=scope).get("x-request-id", "")
         label = given if _LABEL.fullmatch(given) else uuid.uuid4().hex
         scope.setdefault("state", {})["label"] = label
+        if self._root_path and scope.get("root_path") == self._root_path:
+            scope["path"] = scope["path"][len(self._root_path) :]  # the server put it before whatever came in
         scope["root_path"] = self._root_path
         start = time.monotonic()
         status = 0

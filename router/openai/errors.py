@@ -14,7 +14,7 @@ from http import HTTPStatus
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
-from proto.errors import LocalFault, NotAuthorized, SetupError, TandemError, Unavailable
+from proto.errors import LocalFault, NotAuthorized, RemoteFault, SetupError, TandemError, Unavailable
 
 logger = logging.getLogger(__name__)
 
@@ -54,6 +54,10 @@ def error_reply(
 
 def reply_for(error: Exception, label: str) -> ErrorReply:
     """The reply that ``error`` deserves. What is our own fault is logged with its traceback and not shown."""
+    if isinstance(error, RemoteFault):
+        logger.warning("request %s failed: %s", label, error)
+        message = f"The workers could not serve this request. The server's log tells more under request id {label}."
+        return error_reply(error.status, error.kind, message, stage=error.stage)
     if isinstance(error, TandemError) and not isinstance(error, (LocalFault, SetupError)):
         return _reply_for_tandem(error)
     if isinstance(error, HTTPException):

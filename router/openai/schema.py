@@ -103,15 +103,21 @@ def read_chat(fields: Fields, model: ServedModel, settings: RouterSettings) -> C
     """Raises InvalidRequest."""
     fields.raw("model")
     limit, old_limit = fields.whole("max_completion_tokens"), fields.whole("max_tokens")
+    if limit is not None and limit < 1:
+        raise InvalidRequest(f"max_completion_tokens must be at least 1, got {limit}.", param="max_completion_tokens")
     max_tokens = old_limit if limit is None else limit
-    wants_logprobs, top_logprobs = fields.flag("logprobs"), fields.whole("top_logprobs")
-    if top_logprobs is not None and top_logprobs != 0 and not wants_logprobs:
+    wants_logprobs, top_logprobs = fields.flag("logprobs"), fields.whole("top_logprobs") or 0
+    if top_logprobs and not wants_logprobs:
         raise InvalidRequest("top_logprobs needs logprobs to be true.", param="top_logprobs")
+    if not 0 <= top_logprobs <= settings.max_logprobs:
+        raise InvalidRequest(
+            f"top_logprobs must be between 0 and {settings.max_logprobs}, got {top_logprobs}.", param="top_logprobs"
+        )
     params = read_sampling(
         fields,
         model,
         max_tokens=max_tokens,
-        logprobs=(top_logprobs or 0) if wants_logprobs else None,
+        logprobs=top_logprobs if wants_logprobs else None,
         max_logprobs=settings.max_logprobs,
     )
     _check_best_of(fields, params.n)
@@ -120,6 +126,7 @@ def read_chat(fields: Fields, model: ServedModel, settings: RouterSettings) -> C
     if fields.flag("echo"):
         raise InvalidRequest("echo is not offered for chat.", param="echo")
     conversation = read_conversation(fields)
+    _check_tool_choice(fields, conversation.tools)
     options = _read_options(fields, max_tokens, None, add_special_tokens=False)
     return ChatBody(conversation=conversation, params=params, options=options)
 
@@ -162,7 +169,8 @@ def _read_options(
     continuous = about_stream.flag("continuous_usage_stats")
     include_usage = about_stream.flag("include_usage") or continuous
     include_timings = about_stream.flag("include_timings")
-    about_stream.flag("include_obfuscation")  # padding against traffic analysis; ours is never padded
+    if about_stream.flag("include_obfuscation"):
+        fields.ignored.append("stream_options.include_obfuscation")
     about_stream.finish()
     side = fields.text("truncation_side")
     if side not in (None, "left", "right"):
@@ -283,25 +291,26 @@ def _read_tool_calls(calls: Json, where: str) -> list[Json]:
 
 
 def _read_tools(fields: Fields) -> list[Json] | None:
-    """Tools are shown to the template; calls cannot be parsed, so a client must say that it wants none."""
-    tools, choice = fields.array("tools"), fields.raw("tool_choice")
+    tools = fields.array("tools")
     if tools is not None and not tools:
         raise InvalidRequest("tools must not be an empty array.", param="tools")
     for i, tool in enumerate(tools or ()):
         if not isinstance(tool, dict):
             raise wrong_type(f"tools[{i}]", "an object", tool)
+    return tools
+
+
+def _check_tool_choice(fields: Fields, tools: list[Json] | None) -> None:
+    """Tools are shown to the template; calls cannot be parsed, so a client must say that it wants none."""
+    choice = fields.raw("tool_choice")
     if choice not in (None, "none") and (tools or choice != "auto"):
-        raise InvalidRequest(
-            "Tool calls are not offered yet: tool_choice must be 'none'.",
-            param="tool_choice",
-        )
+        raise InvalidRequest("Tool calls are not offered yet: tool_choice must be 'none'.", param="tool_choice")
     if tools and choice is None:
         raise InvalidRequest(
             "Tool calls are not offered yet. With tool_choice 'none' the tools are shown to the model, and it answers "
             "in text.",
             param="tools",
         )
-    return tools
 
 
 def _check_best_of(fields: Fields, n: int) -> None:

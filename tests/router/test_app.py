@@ -16,6 +16,7 @@ from proto.errors import (
     NotSupported,
     NoWorker,
     Overloaded,
+    RemoteProtocolError,
     SetupError,
     TandemError,
     WorkerLost,
@@ -141,6 +142,14 @@ async def test_our_own_faults_are_logged_and_not_shown(error: Exception, caplog:
         assert "mine" in shown["message"]
         assert headers["X-Request-ID"] == "mine"
         assert "secret" in caplog.text
+
+
+async def test_a_workers_fault_is_named_without_its_details(caplog: pytest.LogCaptureFixture) -> None:
+    async with serving(ScriptedFlow(lambda new: RemoteProtocolError("10.0.0.3:5 sent junk")), MODEL) as site:
+        with caplog.at_level(logging.WARNING):
+            status, body, _ = await site.post("/v1/completions", PROMPT)
+    assert "10.0.0.3" not in assert_error(status, body, 502, "BadGatewayError")["message"]
+    assert "10.0.0.3" in caplog.text
 
 
 async def test_a_stream_that_ends_too_early_is_our_fault(caplog: pytest.LogCaptureFixture) -> None:
@@ -270,6 +279,20 @@ async def test_tokenize_a_conversation_as_chat_would() -> None:
         assert text == "<|user|>x<|end|><|assistant|>"
         await site.post("/v1/chat/completions", CHAT)
         assert list(site.flow.requests[0].prompt) == body["tokens"]
+
+
+async def test_tokenize_shows_tools_without_being_asked_to_call_them() -> None:
+    model = served_model(template="{{ tools | tojson }}")
+    async with serving(flow(), model) as site:
+        _, body, _ = await site.post("/tokenize", {"messages": CHAT["messages"], "tools": [{"type": "function"}]})
+    assert model.decode(body["tokens"]) == '[{"type": "function"}]'
+
+
+async def test_the_api_is_described() -> None:
+    async with serving(flow(), MODEL) as site:
+        paths = (await site.get("/openapi.json"))[1]["paths"]
+    assert "requestBody" in paths["/v1/chat/completions"]["post"]
+    assert set(paths) >= {"/v1/completions", "/v1/models", "/tokenize", "/detokenize"}
 
 
 @pytest.mark.parametrize(

@@ -75,8 +75,10 @@ async def test_preflight_needs_no_key_and_refusals_can_be_read_across_origins() 
             assert "Access-Control-Allow-Origin" not in reply.headers
 
 
-async def test_a_proxys_path_prefix_opens_nothing_else() -> None:
-    async with serving(flow(), MODEL, RouterSettings(api_key=("first",), root_path="/llm")) as site:
+@pytest.mark.parametrize("server_root_path", ["", "/llm"], ids=["app-only", "server-too"])
+async def test_a_proxys_path_prefix_opens_nothing_else(server_root_path: str) -> None:
+    settings = RouterSettings(api_key=("first",), root_path="/llm")
+    async with serving(flow(), MODEL, settings, server_root_path=server_root_path) as site:
         assert (await site.get("/llm/health"))[0] == 200
         assert (await site.get("/health"))[0] == 200
         assert (await site.get("/v1/models"))[0] == 401

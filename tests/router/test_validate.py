@@ -42,6 +42,12 @@ def test_a_body_that_is_no_json_object_is_refused(raw: bytes) -> None:
         parse_object(raw)
 
 
+def test_padding_that_is_not_done_is_named() -> None:
+    options = {"include_obfuscation": True}
+    assert chat(stream=True, stream_options=options).options.ignored == ("stream_options.include_obfuscation",)
+    assert chat(stream=True, stream_options={"include_obfuscation": False}).options.ignored == ()
+
+
 # Fields nobody knows, and fields we cannot honour.
 
 
@@ -140,12 +146,14 @@ def test_tools_are_shown_but_never_called() -> None:
         (completion, {"min_tokens": 5, "max_tokens": 4}, "min_tokens"),
         (chat, {"top_logprobs": 2}, "top_logprobs"),
         (chat, {"logprobs": 3}, "logprobs"),
-        (chat, {"logprobs": True, "top_logprobs": 21}, "logprobs"),
+        (chat, {"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
+        (chat, {"logprobs": True, "top_logprobs": -1}, "top_logprobs"),
         (chat, {"modalities": ["text", "audio"]}, "modalities"),
         (chat, {"echo": True}, "echo"),
         (chat, {"continue_final_message": True, "add_generation_prompt": True}, "continue_final_message"),
         (chat, {"chat_template_kwargs": {"messages": []}}, "chat_template_kwargs"),
-        (chat, {"max_completion_tokens": 0}, "max_tokens"),
+        (chat, {"max_completion_tokens": 0}, "max_completion_tokens"),
+        (chat, {"max_tokens": 0}, "max_tokens"),
         (chat, {"prompt": "x"}, "prompt"),
     ],
 )

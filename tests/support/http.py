@@ -263,6 +263,7 @@ async def serving(
     model: ServedModel | Exception,
     settings: RouterSettings | None = None,
     ready: Readiness | None = None,
+    server_root_path: str = "",
 ) -> AsyncIterator[Site]:
     """The application under uvicorn on a loopback port."""
     metrics = RecordedMetrics()
@@ -270,9 +271,10 @@ async def serving(
     app = build_app(settings or RouterSettings(), flow, FixedModel(model), lambda: readiness, metrics)
     listener = socket.create_server(("127.0.0.1", 0))
     base_url = f"http://127.0.0.1:{listener.getsockname()[1]}"
-    server = uvicorn.Server(
-        uvicorn.Config(app, log_config=None, lifespan="off", ws="none", timeout_graceful_shutdown=5)
+    config = uvicorn.Config(
+        app, log_config=None, lifespan="off", ws="none", timeout_graceful_shutdown=5, root_path=server_root_path
     )
+    server = uvicorn.Server(config)
     task = asyncio.create_task(server.serve(sockets=[listener]))
     try:
         async with ClientSession(base_url) as http:
