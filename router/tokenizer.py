@@ -84,7 +84,7 @@ class ServedModel:
         return self.card.vocab_size
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        """Other threads can run meanwhile. Raises InvalidRequest for text that is no valid Unicode (a lone surrogate)."""
+        """Other threads can run meanwhile. Raises InvalidRequest for text that is not Unicode (a lone surrogate)."""
         try:
             # As a batch of one: unlike plain encode, that lets go of the interpreter lock.
             (encoding,) = self._tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)

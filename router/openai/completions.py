@@ -68,7 +68,7 @@ class _Reply:
         return JSONResponse(body, headers=serving.answer_headers(self._body.options, generation, complete=True))
 
     async def frames(self, generation: Generation) -> AsyncGenerator[bytes, None]:
-        """Chunks in the order things happen; see A.7 of OpenAI's streaming format for their kinds."""
+        """Chunks as choices gain text, each choice's last with its reason, and perhaps one with the usage."""
         options = self._body.options
         offsets: dict[int, int] = {}
         while batch := await generation.next():
