@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -82,7 +83,7 @@ def test_both_ways_through_the_stages() -> None:
     handed_over += [Stage.ADOPTED, Stage.DECODING, Stage.FINISHED]
     local = [Stage.RECEIVED, Stage.ROUTED, Stage.QUEUED, Stage.PREFILLING, Stage.DECODING, Stage.FINISHED]
     for way in (handed_over, local):
-        assert all(may_follow(stage, following) for stage, following in zip(way, way[1:], strict=False))
+        assert all(may_follow(stage, following) for stage, following in pairwise(way))
 
 
 def subclasses(cls: type[errors.TandemError]) -> set[type[errors.TandemError]]:
