@@ -29,6 +29,7 @@ from proto.settings import (
     RouterSettings,
     WorkerSettings,
 )
+from router.auth import read_keys
 from service.process import child_environment
 from tandem.local_redis import LocalRedis
 from tandem.machine import Machine, shares
@@ -209,17 +210,23 @@ class LocalStack:
         return tuple(found[name] for name in names.values())
 
     async def _router_ready(self) -> None:
-        """HTTP has no way to wait for a server, so this asks until the answer is yes."""
+        """Until the router serves with all of our workers. HTTP has no way to wait, so this asks until it is so."""
         import aiohttp
 
         url = self.url.removesuffix("/v1") + "/ready"
-        async with aiohttp.ClientSession() as session:
+        key = next(iter(read_keys(self._settings.router)), None)
+        headers = {} if key is None else {"Authorization": f"Bearer {key}"}
+        async with aiohttp.ClientSession(headers=headers) as session:
             while True:
                 with contextlib.suppress(aiohttp.ClientError, OSError):
                     async with session.get(url, ssl=False) as reply:
-                        if reply.status == 200:
+                        if reply.status == 200 and self._knows_all((await reply.json())["details"]):
                             return
                 await asyncio.sleep(_PROBE_PAUSE_S)
+
+    def _knows_all(self, details: Mapping[str, int]) -> bool:
+        local = self._settings.local
+        return details["prefill_workers"] >= local.prefill and details["decode_workers"] >= local.decode
 
 
 def child_groups(settings: StackSettings, machine: Machine, *, is_private: bool) -> list[list[ChildSpec]]:
