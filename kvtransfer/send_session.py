@@ -59,7 +59,7 @@ class SendSession:
         """Payload bytes handed over (sent again ones included, wherever they lie), to all decode workers together."""
         self.retry_after_s: float | None = None
         """The hint of the last refusal."""
-        self.refusals = refusals or Refusals()
+        self.refusals = Refusals() if refusals is None else refusals
         self._store = store
         self._connect = connect
         self._peer = peer

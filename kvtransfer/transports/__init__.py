@@ -106,7 +106,9 @@ def choose(offer: Offer, readers: Sequence[PayloadReader], layout: KvLayout) -> 
     by_name = {reader.name: reader for reader in readers}
     for transport in offer.transports:
         reader = by_name.get(transport.name)
-        source = reader.open(transport.detail, offer.fence.prefill_epoch, layout) if reader else None
+        if reader is None:
+            continue
+        source = reader.open(transport.detail, offer.fence.prefill_epoch, layout)
         if source is not None:
             return transport.name, source
     return None

@@ -59,16 +59,12 @@ class _Exchange:
         await self._ended(self._writing)
 
     async def receive(self) -> HandoffMessage:
-        data = await self.read()
+        if self.is_closed:
+            raise LinkLost("the link is closed")
+        data = await self._next()
         if data is None:
             raise LinkLost("the peer has closed the link")
         return decode_handoff(data)
-
-    async def read(self) -> bytes | None:
-        """The next message's bytes; None at the end."""
-        if self.is_closed:
-            raise LinkLost("the link is closed")
-        return await self._next()
 
     async def drain(self) -> None:
         """After ``close``: reads to the end what nobody wants any more."""
@@ -86,6 +82,7 @@ class _Exchange:
                 task.cancel()
 
     async def _next(self, *, closed_too: bool = False) -> bytes | None:
+        """The next message's bytes; None at the end."""
         if self._reading is None:
             self._reading = _watched(self._read())
         data = await self._ended(self._reading, closed_too=closed_too)

@@ -56,7 +56,8 @@ class ShmReader:
     def __init__(self) -> None:
         self._mappings: dict[Epoch, _Mapping] = {}
 
-    def __len__(self) -> int:
+    @property
+    def num_mappings(self) -> int:
         return len(self._mappings)
 
     def open(self, detail: bytes, epoch: Epoch, layout: KvLayout) -> ShmSource | None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import mmap
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
@@ -14,6 +16,7 @@ from proto.ids import BlockHash, BlockId, Epoch, Generation, RequestId
 from proto.layout import KvLayout, MemoryExport
 
 LAYOUT = KvLayout(num_layers=1, block_size=4, kv_heads=1, head_dim=4, dtype="float16", model_digest="tiny")
+SHARED_LAYOUT = KvLayout(num_layers=2, block_size=16, kv_heads=4, head_dim=32, dtype="float32", model_digest="shared")
 BLOCK = LAYOUT.block_bytes
 CHOICES = (SealedChoice(7),)
 
@@ -91,6 +94,31 @@ class Store:
         for block, name in zip(blocks, offer.hashes, strict=True):
             self.write(block, content(name, self.layout.block_bytes))
         return blocks
+
+
+class SharedStore(Store):
+    """Blocks in a memfd, with the nonce behind the last one: what a CPU engine exports."""
+
+    NONCE = b"sixteen bytes ok"
+
+    def __init__(self, num_blocks: int, layout: KvLayout) -> None:
+        super().__init__(num_blocks, layout)
+        self.fd = os.memfd_create("blocks")
+        size = num_blocks * layout.block_bytes
+        self._memory = memoryview(bytearray())
+        os.ftruncate(self.fd, size + len(self.NONCE))
+        self.mapped = mmap.mmap(self.fd, size + len(self.NONCE))
+        self.mapped[size:] = self.NONCE
+        self._memory = memoryview(self.mapped)
+        self._export = MemoryExport(os.getpid(), self.fd, size + len(self.NONCE), size, self.NONCE)
+
+    def export(self) -> MemoryExport:
+        return self._export
+
+    def close(self) -> None:
+        self._memory.release()
+        self.mapped.close()
+        os.close(self.fd)
 
 
 @dataclass(frozen=True)
