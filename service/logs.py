@@ -11,6 +11,7 @@ from __future__ import annotations
 import datetime
 import json
 import logging
+import os
 import sys
 from typing import TextIO
 
@@ -21,7 +22,11 @@ _CHATTY = ("grpc", "asyncio", "urllib3", "httpcore", "httpx", "huggingface_hub",
 
 
 def setup(settings: LogSettings, *, stream: TextIO | None = None) -> None:
-    """Sends every logger of the process to ``stream`` (default: stderr), replacing what was set before."""
+    """Sends every logger of the process to ``stream`` (default: stderr), replacing what was set before.
+
+    Call it before the first gRPC channel: its C++ core writes to stderr on its own, and is told here to keep to errors.
+    """
+    os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
     handler = logging.StreamHandler(stream or sys.stderr)
     handler.setFormatter(JsonFormatter() if settings.log_format == "json" else TextFormatter())
     root = logging.getLogger()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import logging
+import os
 from collections.abc import Iterator
 
 import pytest
@@ -14,7 +15,9 @@ from service import logs
 
 
 @pytest.fixture(autouse=True)
-def _root_as_before() -> Iterator[None]:
+def _as_before(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setenv("GRPC_VERBOSITY", "")
+    monkeypatch.delenv("GRPC_VERBOSITY")
     root = logging.getLogger()
     handlers, level = root.handlers[:], root.level
     yield
@@ -76,3 +79,11 @@ def test_the_level_holds_for_every_logger_and_libraries_are_quiet() -> None:
     logging.getLogger("engine.core").debug("a step")
     assert "a step" in stream.getvalue()
     assert "news" not in stream.getvalue()
+
+
+def test_grpc_keeps_quiet_unless_somebody_wants_to_hear_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    logs.setup(LogSettings(), stream=io.StringIO())
+    assert os.environ["GRPC_VERBOSITY"] == "ERROR"
+    monkeypatch.setenv("GRPC_VERBOSITY", "DEBUG")
+    logs.setup(LogSettings(), stream=io.StringIO())
+    assert os.environ["GRPC_VERBOSITY"] == "DEBUG"
