@@ -8,9 +8,9 @@ from decode.tier import DecodeTier
 from kvtransfer.fences import FenceTable
 from kvtransfer.receive_session import ReceiveSession
 from kvtransfer.transport import Link
-from kvtransfer.transports import AUTO, GRPC, SHM, InlineReader, PayloadReader
+from kvtransfer.transports import PayloadReader
+from kvtransfer.transports.choice import payload_readers
 from kvtransfer.transports.grpc import handoff_handler
-from kvtransfer.transports.shm import ShmReader
 from proto.control import Role
 from proto.settings import EngineSettings, LedgerSettings, LogSettings, WorkerSettings
 from service import logs as service_logs
@@ -34,20 +34,12 @@ class HandoffServer:
         await ReceiveSession(link, self._host.parts.kv, self._tier, self._fences, readers=self._readers).run()
 
 
-def readers_for(transports: Sequence[str]) -> list[PayloadReader]:
-    """What this worker may use: gRPC always, shared memory where the settings allow it."""
-    readers: list[PayloadReader] = [InlineReader(GRPC)]
-    if AUTO in transports or SHM in transports:
-        readers.append(ShmReader())
-    return readers
-
-
 def _build(context: WorkerContext) -> TierParts:
     fences = FenceTable(context.epoch, TOMBSTONE_S)
     tier = DecodeTier(
         context.host, context.routers, fences, metrics=context.metrics, done_lease_s=context.settings.lease_s
     )
-    server = HandoffServer(context.host, tier, fences, readers_for(context.settings.transports))
+    server = HandoffServer(context.host, tier, fences, payload_readers(context.settings.transports))
     return tier, (handoff_handler(server.serve),)
 
 

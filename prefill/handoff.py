@@ -10,25 +10,11 @@ from collections.abc import Sequence
 from kvtransfer.fences import Refusals
 from kvtransfer.intake import SendEvents
 from kvtransfer.send_session import Connect, SendSession
-from kvtransfer.transport import BlockStore
-from kvtransfer.transports import AUTO, GRPC, SHM
-from kvtransfer.transports.shm import shm_offer
+from kvtransfer.transports.choice import transport_offers
 from prefill.job import Job
-from proto.errors import SettingsError
-from proto.handoff import Fence, Offer, TransportOffer
+from proto.handoff import Fence, Offer
 from proto.ids import Epoch
 from worker.host import EngineHost
-
-KNOWN_TRANSPORTS = (SHM, GRPC)
-"""Best first."""
-
-
-def chosen_transports(wanted: Sequence[str]) -> tuple[str, ...]:
-    """The settings' transports in their order; ``auto`` stands for all. Raises SettingsError for an unknown one."""
-    names = tuple(dict.fromkeys(name for each in wanted for name in (KNOWN_TRANSPORTS if each == AUTO else (each,))))
-    if unknown := [name for name in names if name not in KNOWN_TRANSPORTS]:
-        raise SettingsError(f"--transports: {unknown[0]!r} is unknown; there are auto, {', '.join(KNOWN_TRANSPORTS)}")
-    return names or KNOWN_TRANSPORTS
 
 
 class Dispatcher:
@@ -54,12 +40,7 @@ class Dispatcher:
             num_tokens=len(request.prompt),
             num_choices=request.params.n,
             hashes=tuple(parts.hasher.all_blocks(request.prompt, request.cache_salt)),
-            transports=self._offers(parts.kv),
+            transports=transport_offers(self._transports, parts.kv),
             lease_s=job.lease_s,
         )
         return SendSession(offer, parts.kv, self._connect, job.decode, events, refusals=self._refusals)
-
-    def _offers(self, store: BlockStore) -> tuple[TransportOffer, ...]:
-        export = store.export() if SHM in self._transports else None
-        offers = {GRPC: TransportOffer(GRPC)} | ({SHM: shm_offer(export)} if export else {})
-        return tuple(offers[name] for name in self._transports if name in offers)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from kvtransfer.fences import FenceTable
 from kvtransfer.transport import Link
+from kvtransfer.transports.choice import allowed_names
 from kvtransfer.transports.grpc import connect
-from prefill.handoff import Dispatcher, chosen_transports
+from prefill.handoff import Dispatcher
 from prefill.tier import PrefillTier
 from proto.control import Peer, Role
 from proto.settings import EngineSettings, LedgerSettings, LogSettings, WorkerSettings
@@ -19,7 +20,7 @@ async def _connect(peer: Peer) -> Link:
 
 
 def _build(context: WorkerContext) -> TierParts:
-    transports = chosen_transports(context.settings.transports)
+    transports = allowed_names(context.settings.transports)
     fences = FenceTable(context.epoch, TOMBSTONE_S)
     dispatcher = Dispatcher(context.host, _connect, transports, epoch=context.epoch, refusals=fences.refusals)
     tier = PrefillTier(

@@ -125,7 +125,7 @@ class WorkerService:
         await self._host.open(self._health.loading)
         self._show_memory()
         self._ledger = RedisLedger.from_settings(self._ledger_settings)
-        await self._ledger.connect()
+    
         record = self._record(port)
         self._worker = record.worker
         self._publisher = WorkerPublisher(

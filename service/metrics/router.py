@@ -58,6 +58,9 @@ class RouterMetrics(MetricsPage):
         self._moved = Histogram(
             "tandem_request_kv_transfer_bytes", "KV bytes moved per request.", buckets=BYTES, registry=registry
         )
+        self._moved_total = Counter(
+            "tandem_kv_transfer_bytes", "KV bytes moved between workers, for requests that ended.", registry=registry
+        )
         self._http = Histogram(
             "http_request_duration_seconds", "HTTP requests.", ("handler", "method"), buckets=REQUEST, registry=registry
         )
@@ -99,6 +102,7 @@ class RouterMetrics(MetricsPage):
     def finished(self, summary: RequestSummary) -> None:
         self._requests.labels(summary.finish.value).inc()
         self._moved.observe(summary.num_bytes_moved)
+        self._moved_total.inc(summary.num_bytes_moved)
         self._vllm.finished(self._model, summary)
 
     def rejected(self, reason: str) -> None:

@@ -106,8 +106,8 @@ def ask_once(stack: Stack) -> openai.types.Completion:
 async def test_a_client_that_reads_too_slowly_never_stalls_the_others(stack: Stack) -> None:
     reader, writer = await asyncio.open_connection("127.0.0.1", int(stack.root_url.rsplit(":", 1)[1]))
     body = b'{"model":"tiny","prompt":"slow","max_tokens":900,"stream":true,"ignore_eos":true,"n":8,"logprobs":5}'
-    head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
-    writer.write(head.encode() + body)
+    head = f"POST /v1/completions HTTP/1.1\nHost: x\nContent-Type: application/json\nContent-Length: {len(body)}\n\n"
+    writer.write(head.replace("\n", "\r\n").encode() + body)
     await writer.drain()
     await reader.readline()  # the head has come: the answer is under way, and from here on nobody reads
     async with openai.AsyncOpenAI(base_url=stack.base_url, api_key="none", max_retries=0) as client:

@@ -8,12 +8,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
-from decode.server import HandoffServer, readers_for
+from decode.server import HandoffServer
 from decode.tier import DecodeTier
 from engine.prefix_cache import CacheEvent
 from kvtransfer.fences import FenceTable
 from kvtransfer.transport import Link
-from kvtransfer.transports import GRPC
+from kvtransfer.transports import MEMORY
+from kvtransfer.transports.choice import payload_readers
 from kvtransfer.transports.memory import Fault, pair
 from prefill.handoff import Dispatcher
 from prefill.tier import PrefillTier
@@ -114,7 +115,7 @@ class Pod:
 
     async def prefill(self, name: str = "p0", *, max_held: int = 8) -> Side:
         side, fences, metrics = await self._side(Role.PREFILL, name)
-        dispatcher = Dispatcher(side.host, self.connect, (GRPC,), epoch=side.peer.epoch, refusals=fences.refusals)
+        dispatcher = Dispatcher(side.host, self.connect, (MEMORY,), epoch=side.peer.epoch, refusals=fences.refusals)
         side.tier = PrefillTier(
             side.host, side.routers, dispatcher, fences, epoch=side.peer.epoch, metrics=metrics, max_held=max_held
         )
@@ -123,7 +124,7 @@ class Pod:
     async def decode(self, name: str = "d0") -> Side:
         side, fences, metrics = await self._side(Role.DECODE, name)
         side.tier = DecodeTier(side.host, side.routers, fences, metrics=metrics, done_lease_s=60.0)
-        self._servers[side.peer.address] = HandoffServer(side.host, side.tier, fences, readers_for(["grpc"]))
+        self._servers[side.peer.address] = HandoffServer(side.host, side.tier, fences, payload_readers([MEMORY]))
         return side
 
     async def _side(self, role: Role, name: str) -> tuple[Side, FenceTable, WorkerMetrics]:
