@@ -59,6 +59,24 @@ class LoopTimers:
         return asyncio.get_running_loop().call_later(delay, callback)
 
 
+class Alarm:
+    """One thing that will happen later, unless it is set anew or cancelled."""
+
+    def __init__(self, timers: Timers) -> None:
+        self._timers = timers
+        self._timer: Cancellable | None = None
+
+    def set(self, delay: float, callback: Callable[[], object]) -> None:
+        self.cancel()
+        self._timer = self._timers.call_later(delay, callback)
+
+    def cancel(self) -> None:
+        """Idempotent, also after it happened."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+
 class Dispatcher(Protocol):
     """Finds workers and carries messages, for all lives."""
 

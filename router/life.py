@@ -19,7 +19,7 @@ from proto.ids import Epoch, Generation, RequestId, WorkerId
 from proto.lifecycle import Stage
 from proto.request import Request, TokenOut
 from router.assembly import TokenAssembly
-from router.attempt import Cancellable, Dispatcher, Listener, RequestEnd, Rules, Timers, Try
+from router.attempt import Alarm, Dispatcher, Listener, RequestEnd, Rules, Timers, Try
 from router.buffer import TokenBuffer
 from router.patience import LONGEST_PAUSE_S, Patience
 from router.policy import Candidate, Decision, Way
@@ -64,9 +64,7 @@ class Life:
         self._num_faults = 0
         self._room_hint_s: float | None = None
         self._patience = Patience(rules.patience_s, rules.room_patience_s)
-        self._deadline: Cancellable | None = None
-        self._pause: Cancellable | None = None
-        self._verdict: Cancellable | None = None
+        self._deadline, self._pause, self._verdict = Alarm(timers), Alarm(timers), Alarm(timers)
 
     @property
     def id(self) -> RequestId:
@@ -103,7 +101,7 @@ class Life:
     def begin(self) -> None:
         """Places the request and tells its workers. Raises NoWorker or Overloaded, and then nothing has happened."""
         decision = self._dispatcher.place(self.request, Way.PAIR, frozenset(), "")
-        self._deadline = self._timers.call_later(self._rules.request_timeout_s, self._expire)
+        self._deadline.set(self._rules.request_timeout_s, self._expire)
         self._listener.placed(local=decision.local)
         self._start(decision, Remedy.RESTART)
 
@@ -204,7 +202,7 @@ class Life:
         remedy = after_loss(side, self._situation())
         log.info("%s: lost its %s worker in stage %s: %s", self.id, side.value, self.stage.value, remedy.value)
         if remedy is Remedy.AWAIT_VERDICT:
-            self._verdict = self._timers.call_later(self._rules.verdict_s, self._no_verdict)
+            self._verdict.set(self._rules.verdict_s, self._no_verdict)
         elif remedy is not Remedy.NONE:
             self._recover(remedy)
 
@@ -214,7 +212,7 @@ class Life:
         """A worker came, or a pause is over: tries to place the request again, if it is waiting."""
         if self._need is None or self.is_over:
             return
-        self._cancel_pause()
+        self._pause.cancel()
         remedy = self._need
         try:
             decision = self._dispatcher.place(self.request, _WAY[remedy], frozenset(self._avoid), self._numerics)
@@ -238,7 +236,7 @@ class Life:
             self.fail(WorkerLost(f"given up after {self._num_faults} attempts, the last in stage {stage}", stage=stage))
             return
         self._listener.recovering(remedy)
-        self._cancel_verdict()
+        self._verdict.cancel()
         self.assembly.forget_held_back()
         self._let_go(keep_prefill=remedy is Remedy.REDIRECT)
         self._need = remedy
@@ -269,7 +267,7 @@ class Life:
             self._need = self._situation().again
 
     def _wait(self, at_least: float | None) -> None:
-        self._pause = self._timers.call_later(self._patience.pause(at_least), self.wake)
+        self._pause.set(self._patience.pause(at_least), self.wake)
 
     def _start(self, decision: Decision, remedy: Remedy) -> None:
         """The next generation. The decode worker is told first, so that it expects what the prefill worker offers."""
@@ -343,7 +341,7 @@ class Life:
             return
         self._try.adopted = True
         self._patience.moved_on()
-        self._cancel_verdict()
+        self._verdict.cancel()
         self._advance(Stage.ADOPTED)
         self._stop_on_decode(self.assembly.stopped_choices())
 
@@ -352,7 +350,6 @@ class Life:
             self._dispatcher.send(self._try.decode, Abort(self.id, self._try.generation, choices))
 
     def _no_verdict(self) -> None:
-        self._verdict = None
         if not self.is_over and not self._try.adopted:
             self._recover(self._situation().again)
 
@@ -381,15 +378,14 @@ class Life:
         """The one way out. Workers that do not know of the end by themselves are told."""
         if self.is_over:
             return
+        self._advance(stage)
         decode_knows = (self._try.local or self._try.adopted) and not self.assembly.stopped_choices()
         if not (stage is Stage.FINISHED and decode_knows):
             self._let_go(keep_prefill=False)
         self._need = None
-        self._cancel_pause()
-        self._cancel_verdict()
-        if self._deadline is not None:
-            self._deadline.cancel()
-        self._advance(stage)
+        self._pause.cancel()
+        self._verdict.cancel()
+        self._deadline.cancel()
         self.buffer.end(error)
         self._listener.ended(self._end_report())
         self._dispatcher.ended(self.id)
@@ -406,13 +402,3 @@ class Life:
             total_s=self._timers.time() - self._arrived,
             times=self.times,
         )
-
-    def _cancel_pause(self) -> None:
-        if self._pause is not None:
-            self._pause.cancel()
-            self._pause = None
-
-    def _cancel_verdict(self) -> None:
-        if self._verdict is not None:
-            self._verdict.cancel()
-            self._verdict = None

@@ -59,8 +59,11 @@ class StageClock:
         self._since = now
 
     def advance(self, target: Stage, now: float) -> list[tuple[Stage, float, Stage]]:
-        """Moves to ``target``: the steps taken, each (stage left, seconds in it, stage entered). Empty: late news."""
-        if target is self.stage:
+        """Moves to ``target``: the steps taken, each (stage left, seconds in it, stage entered). Empty: late news.
+
+        ROUTED may follow itself: it is another try.
+        """
+        if target is self.stage and target is not Stage.ROUTED:
             return []
         steps = []
         for following in stages_between(self.stage, target):
