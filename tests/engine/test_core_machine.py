@@ -6,6 +6,7 @@ Integrity is recomputed after every operation, and at the end everything drains.
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass, field, replace
 
 from hypothesis import HealthCheck, settings
@@ -29,6 +30,29 @@ prompts = st.builds(
     st.sampled_from(HEADS),
     st.integers(0, 11),
     st.lists(st.integers(0, VOCAB - 1), min_size=1, max_size=5),
+)
+
+
+@dataclass(frozen=True)
+class Form:
+    prompt: tuple[int, ...]
+    n: int
+    max_tokens: int | None
+    min_tokens: int
+    ignore_eos: bool
+    priority: int
+    salt: str
+
+
+forms = st.builds(
+    Form,
+    prompt=prompts,
+    n=st.integers(1, 3),
+    max_tokens=st.sampled_from([9, 14, 5, 2, 1, None]),
+    min_tokens=st.integers(0, 3),
+    ignore_eos=st.booleans(),
+    priority=st.integers(0, 2),
+    salt=st.sampled_from(["", "", "", "s"]),
 )
 
 
@@ -126,44 +150,43 @@ class CoreMachine(RuleBasedStateMachine):
 
     # -- what tiers do ----------------------------------------------------------------------------------------------
 
-    @rule(
-        on_prefill=st.booleans(),
-        hold=st.booleans(),
-        prompt=prompts,
-        n=st.integers(1, 3),
-        max_tokens=st.sampled_from([None, 1, 2, 5, 9, 14]),
-        min_tokens=st.integers(0, 3),
-        ignore_eos=st.booleans(),
-        priority=st.integers(0, 2),
-        salt=st.sampled_from(["", "", "s"]),
-    )
-    def add(
-        self,
-        on_prefill: bool,
-        hold: bool,
-        prompt: tuple[int, ...],
-        n: int,
-        max_tokens: int | None,
-        min_tokens: int,
-        ignore_eos: bool,
-        priority: int,
-        salt: str,
-    ) -> None:
-        request = make_request(
+    @rule(on_prefill=st.booleans(), form=forms)
+    def add(self, on_prefill: bool, form: Form) -> None:
+        self._add(self.prefill if on_prefill else self.decode, self._request(form), hold=False)
+
+    @rule(form=forms)
+    def add_held(self, form: Form) -> None:
+        self._add(self.prefill, self._request(form), hold=True)
+
+    @rule(form=forms, steps_between=st.integers(0, 2), is_lost=st.sampled_from([False, False, True]), data=st.data())
+    def hand_over(self, form: Form, steps_between: int, is_lost: bool, data: st.DataObject) -> None:
+        """The usual life of a request, from beginning to end, while the decode engine is at work."""
+        request = self._request(form)
+        self._add(self.prefill, request, hold=True)
+        for _ in range(12):
+            self._step(self.prefill)
+        for held in self._held():
+            if held.request.id == request.id:
+                self._offer(request)
+                for _ in range(steps_between):
+                    self._step(self.decode)
+                if request.id in self.rooms:
+                    self._transfer(held, is_lost, data)
+
+    def _request(self, form: Form) -> Request:
+        self.num_made += 1
+        return make_request(
             f"r{self.num_made}",
-            prompt,
-            n=n,
-            max_tokens=max_tokens,
-            min_tokens=min(min_tokens, max_tokens or 3),
-            ignore_eos=ignore_eos,
+            form.prompt,
+            n=form.n,
+            max_tokens=form.max_tokens,
+            min_tokens=min(form.min_tokens, form.max_tokens or 3),
+            ignore_eos=form.ignore_eos,
             stop_token_ids=(1,),
-            priority=priority,
-            salt=salt,
+            priority=form.priority,
+            salt=form.salt,
             seed=self.num_made % 3,
         )
-        self.num_made += 1
-        engine = self.prefill if on_prefill else self.decode
-        self._add(engine, request, hold=hold and on_prefill)
 
     def _add(self, engine: Engine, request: Request, *, hold: bool) -> None:
         try:
@@ -185,15 +208,24 @@ class CoreMachine(RuleBasedStateMachine):
     @rule(prompt=prompts, n=st.integers(1, 3), sent=st.lists(st.integers(0, 6), min_size=3, max_size=3))
     def resume(self, prompt: tuple[int, ...], n: int, sent: list[int]) -> None:
         """A client has seen some of each choice already; a choice may even be over."""
-        whole = make_request(f"r{self.num_made}", prompt, n=n, max_tokens=6, stop_token_ids=(1,))
         self.num_made += 1
+        whole = make_request(f"r{self.num_made}", prompt, n=n, max_tokens=6, stop_token_ids=(1,))
         seen = [tuple(t.token for t in oracle(whole, choice, self.decode.facts)[: sent[choice]]) for choice in range(n)]
         self._add(self.decode, replace(whole, forced=tuple(seen)), hold=False)
 
-    @rule(on_prefill=st.booleans(), times=st.integers(1, 6))
-    def step(self, on_prefill: bool, times: int) -> None:
-        for _ in range(times):
-            self._step(self.prefill if on_prefill else self.decode)
+    @rule(on_prefill=st.booleans(), times=st.integers(1, 6), fails=st.sampled_from([-1, -1, 0, 1, 2]))
+    def step(self, on_prefill: bool, times: int, fails: int) -> None:
+        """Some steps. The runner may fail in one of them, after which all is tried again."""
+        engine = self.prefill if on_prefill else self.decode
+        for index in range(times):
+            if index == fails:
+                engine.runner.failures.append(RuntimeError("injected"))
+                with contextlib.suppress(RuntimeError):
+                    self._step(engine)
+                engine.runner.failures.clear()
+                engine.check()
+            else:
+                self._step(engine)
 
     def _step(self, engine: Engine) -> None:
         if not engine.core.has_work():
@@ -231,7 +263,9 @@ class CoreMachine(RuleBasedStateMachine):
         open_offers = [e for e in open_offers if (self.decode, e.request.id) not in self.expected]
         if not open_offers:
             return
-        request = data.draw(st.sampled_from(open_offers)).request
+        self._offer(data.draw(st.sampled_from(open_offers)).request)
+
+    def _offer(self, request: Request) -> None:
         hashes = self.decode.hasher.all_blocks(request.prompt, request.cache_salt)
         try:
             room = self.decode.core.reserve(request.id, hashes, len(request.prompt), request.params.n)
@@ -244,7 +278,11 @@ class CoreMachine(RuleBasedStateMachine):
     @precondition(lambda self: any(e.request.id in self.rooms for e in self._held()))
     def transfer(self, data: st.DataObject, is_lost: bool) -> None:
         """P's cells are copied to D's. Either all, and D adopts; or some, and D keeps those."""
-        held = data.draw(st.sampled_from([e for e in self._held() if e.request.id in self.rooms]))
+        self._transfer(
+            data.draw(st.sampled_from([e for e in self._held() if e.request.id in self.rooms])), is_lost, data
+        )
+
+    def _transfer(self, held: Expected, is_lost: bool, data: st.DataObject) -> None:
         request = held.request
         room = self.rooms.pop(request.id)
         table = self.prefill.core.block_table(request.id)
@@ -264,9 +302,11 @@ class CoreMachine(RuleBasedStateMachine):
         self.expected[self.decode, request.id] = Expected(request, rest)
         self._release(request.id)
 
-    @rule(data=st.data())
+    @rule(data=st.data(), is_sure=st.sampled_from([False, False, True]))
     @precondition(lambda self: self.expected)
-    def abort(self, data: st.DataObject) -> None:
+    def abort(self, data: st.DataObject, is_sure: bool) -> None:
+        if not is_sure:
+            return
         engine, request = data.draw(st.sampled_from(sorted(self.expected, key=lambda key: key[1])))
         engine.let_go(request)
         engine.core.abort(request)
@@ -297,18 +337,6 @@ class CoreMachine(RuleBasedStateMachine):
         engine.core.finish_choice(request, choice)
         self.expected[engine, request].rest.pop(choice, None)
 
-    @rule(on_prefill=st.booleans())
-    def fail(self, on_prefill: bool) -> None:
-        """A step whose runner fails leaves everything to be tried again."""
-        engine = self.prefill if on_prefill else self.decode
-        num_batches = len(engine.runner.batches)
-        engine.runner.failures.append(RuntimeError("injected"))
-        try:
-            self._step(engine)
-        except RuntimeError:
-            assert len(engine.runner.batches) == num_batches + 1
-        engine.runner.failures.clear()
-
     # -- what must hold ---------------------------------------------------------------------------------------------
 
     @invariant()
@@ -321,14 +349,10 @@ class CoreMachine(RuleBasedStateMachine):
         for engine in self.engines:
             for request in list(self.rooms):
                 engine.core.cancel(request)
-            while engine.core.has_work():
+            while engine.core.has_work() or self._held():
                 self._step(engine)
                 for held in self._held():
                     self._release(held.request.id)
-            for held in self._held():
-                self._release(held.request.id)
-            while engine.core.has_work():
-                self._step(engine)
             engine.check()
             assert engine.core.is_idle()
             engine.take_events()
@@ -339,7 +363,7 @@ class CoreMachine(RuleBasedStateMachine):
 
 TestCoreMachine = CoreMachine.TestCase
 TestCoreMachine.settings = settings(
-    max_examples=80,
+    max_examples=100,
     stateful_step_count=50,
     deadline=None,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much, HealthCheck.data_too_large],
