@@ -125,7 +125,7 @@ class WorkerService:
         await self._host.open(self._health.loading)
         self._show_memory()
         self._ledger = RedisLedger.from_settings(self._ledger_settings)
-    
+
         record = self._record(port)
         self._worker = record.worker
         self._publisher = WorkerPublisher(
@@ -246,6 +246,7 @@ class WorkerService:
     def load_changed(self, load: Load) -> None:
         self._load = load
         self._metrics.set_load(load)
+        self._report_load()
 
     def cache_changed(self, events: list[CacheEvent]) -> None:
         if self._publisher is not None:
