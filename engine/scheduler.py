@@ -157,6 +157,7 @@ class _Step:
         num_seats = num_seats_taken + sum(len(sequence.track.choices) for sequence in self._running)
         num_growing = sum(len(sequence.track.choices) for sequence in self._running if not sequence.track.is_held)
         in_flight = self._hashes_in_flight()
+        num_deferred = 0
         for candidate in waiting:
             track = candidate.track
             if num_seats + len(track.choices) > limits.max_num_seqs:
@@ -166,6 +167,9 @@ class _Step:
             matched = self._view.match(track.hashes[: (len(track) - 1) // size])
             num_remaining = len(track) - len(matched) * size
             if self._waits_for_prefix(track.hashes[len(matched) :], num_remaining, in_flight):
+                num_deferred += 1
+                if num_deferred > limits.max_num_seqs:  # A long queue of twins is not searched to its end.
+                    return
                 continue
             num_tokens = self._num_tokens(num_remaining, is_new=True)
             if num_tokens == 0:

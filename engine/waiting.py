@@ -14,9 +14,12 @@ def _rank(waiting: Waiting) -> Rank:
 
 
 class WaitingQueue:
-    """Sorted by rank, which is unique. Bounded by its user, so a list is quick enough."""
+    """Sorted by rank, which is unique. ``num_new`` of them wait for the first time, with nothing of their output known;
+    ``num_tokens`` is the sum of their lengths. A waiting track does not grow, so both are kept as it comes and goes."""
 
     def __init__(self) -> None:
+        self.num_new = 0
+        self.num_tokens = 0
         self._items: list[Waiting] = []
 
     def __len__(self) -> int:
@@ -26,25 +29,20 @@ class WaitingQueue:
         return iter(self._items)
 
     @property
-    def num_new(self) -> int:
-        """How many wait for the first time, with nothing of their output known."""
-        return sum(not waiting.is_urgent for waiting in self._items)
-
-    @property
     def has_urgent(self) -> bool:
         return any(waiting.is_urgent for waiting in self._items)
 
-    @property
-    def num_tokens(self) -> int:
-        return sum(len(waiting.track) for waiting in self._items)
-
     def add(self, waiting: Waiting) -> None:
         insort(self._items, waiting, key=_rank)
+        self.num_new += not waiting.is_urgent
+        self.num_tokens += len(waiting.track)
 
     def remove(self, waiting: Waiting) -> None:
         index = bisect_left(self._items, waiting.rank, key=_rank)
         assert self._items[index] is waiting
         del self._items[index]
+        self.num_new -= not waiting.is_urgent
+        self.num_tokens -= len(waiting.track)
 
     def of(self, request: RequestId) -> list[Waiting]:
         return [waiting for waiting in self._items if waiting.track.id == request]
@@ -52,3 +50,5 @@ class WaitingQueue:
     def check_integrity(self) -> None:
         ranks = [waiting.rank for waiting in self._items]
         assert ranks == sorted(set(ranks)), "the queue is sorted and ranks are unique"
+        assert self.num_new == sum(not waiting.is_urgent for waiting in self._items)
+        assert self.num_tokens == sum(len(waiting.track) for waiting in self._items)

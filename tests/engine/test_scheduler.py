@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from engine.block_pool import BlockPool
 from engine.prefix_cache import PrefixCache
@@ -232,6 +232,23 @@ def test_a_newcomer_waits_for_a_prefix_that_is_being_computed() -> None:
     assert rows(scene.decide([twin, stranger])) == [("r1", 16), ("r7", 20)]
     scene = Scene(max_num_batched_tokens=64)
     assert rows(scene.decide([track(1, 20), twin])) == [("r1", 20)]
+
+
+def test_a_long_queue_of_twins_is_not_searched_to_its_end() -> None:
+    scene = Scene(max_num_batched_tokens=64, max_num_seqs=4)
+    queue = [track(1, 20) for _ in range(9)]
+    for arrival, each in enumerate(queue, 1):
+        each.arrival = arrival
+    seen = []
+
+    def watched() -> Iterator[Waiting]:
+        for each in queue:
+            seen.append(each)
+            yield Waiting(each)
+
+    schedule = scene.scheduler.decide([], watched(), scene.cache)
+    assert [admission.waiting.track for admission in schedule.admissions] == queue[:1]
+    assert len(seen) == 6
 
 
 def test_preempted_work_is_admitted_before_new_work_of_its_priority() -> None:
