@@ -67,8 +67,9 @@ _LIFT = 4.0
 
 
 def cache_folder(environ: Mapping[str, str] = os.environ) -> Path:
-    """Where we keep what can be made again: TANDEM_CACHE, else ~/.cache/tandem."""
-    return Path(environ.get("TANDEM_CACHE") or Path.home() / ".cache" / "tandem")
+    """Where we keep what can be made again: TANDEM_CACHE, else ``tandem`` in the user's cache folder."""
+    given = environ.get("TANDEM_CACHE")
+    return Path(given) if given else Path(environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tandem"
 
 
 def sample_model(cache: Path) -> Path:

@@ -82,4 +82,5 @@ def test_it_is_what_transformers_reads_and_its_noise_is_legible(folder: Path) ->
 
 def test_the_cache_folder_follows_the_environment(tmp_path: Path) -> None:
     assert sample_model.cache_folder({"TANDEM_CACHE": str(tmp_path)}) == tmp_path
+    assert sample_model.cache_folder({"XDG_CACHE_HOME": str(tmp_path)}) == tmp_path / "tandem"
     assert sample_model.cache_folder({}).parts[-2:] == (".cache", "tandem")
