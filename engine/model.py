@@ -6,42 +6,24 @@ Knows tensors and blocks; knows nothing of requests, schedules or sampling.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from engine.families import ModelSpec
 from engine.rope import Rope
 from engine.weights import WeightSource
-from kernels.dispatch import Kernels
+from kernels.reference import ACTIVATIONS, DenseLinear
+from kernels.types import Kernels, Linear, Ragged
 from proto.errors import UnsupportedModel
-
-_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "silu": F.silu,
-    "gelu": F.gelu,
-    "gelu_pytorch_tanh": partial(F.gelu, approximate="tanh"),
-}
-
-
-@dataclass(frozen=True, slots=True)
-class Chunk:
-    """Tokens ``rows`` of the step are consecutive tokens of one sequence from position ``start`` on."""
-
-    rows: slice
-    start: int
-    blocks: Tensor
 
 
 @dataclass(frozen=True, slots=True)
 class StepInputs:
-    """A step as tensors (int64). The first ``num_decode`` tokens are of as many sequences; chunks follow.
+    """A step as tensors (int64). ``batch`` says which tokens are whose.
 
     ``tokens``, ``positions``: [tokens]. ``blocks``, ``offsets``: [tokens], where each one's keys and values go.
-    ``block_table`` [num_decode, max_blocks] and ``lengths`` [num_decode] (own token included) are of the decode rows.
     ``logit_rows``: which tokens' logits are wanted.
     """
 
@@ -49,17 +31,8 @@ class StepInputs:
     positions: Tensor
     blocks: Tensor
     offsets: Tensor
-    num_decode: int
-    block_table: Tensor
-    lengths: Tensor
-    chunks: tuple[Chunk, ...]
+    batch: Ragged
     logit_rows: Tensor
-
-
-@dataclass(frozen=True, slots=True)
-class _Linear:
-    weight: Tensor
-    bias: Tensor | None
 
 
 class Attention:
@@ -75,8 +48,8 @@ class Attention:
         name = f"model.layers.{layer}.self_attn"
         query, kv = spec.num_heads * spec.head_dim, spec.kv_heads * spec.head_dim
         parts = [f"{name}.{part}_proj" for part in "qkv"]
-        self._qkv = _linear(source, parts, query + 2 * kv, spec.hidden_size, spec.qkv_bias)
-        self._out = _linear(source, [f"{name}.o_proj"], spec.hidden_size, query, spec.o_bias)
+        self._qkv = _linear(kernels, source, parts, query + 2 * kv, spec.hidden_size, spec.qkv_bias)
+        self._out = _linear(kernels, source, [f"{name}.o_proj"], spec.hidden_size, query, spec.o_bias)
         self._qk_norm: Tensor | None = None
         if spec.qk_norm:
             q_norm, k_norm = (source.take([f"{name}.{part}_norm.weight"], (spec.head_dim,)) for part in "qk")
@@ -86,34 +59,18 @@ class Attention:
 
     def __call__(self, x: Tensor, step: StepInputs, kv: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """``x [tokens, hidden]`` to the heads' outputs ``[tokens, heads * head_dim]``; writes the tokens' KV."""
-        qkv = self._kernels.linear(x, self._qkv.weight, self._qkv.bias)
-        qkv = qkv.view(-1, self._heads + 2 * self._kv_heads, self._head_dim)
+        qkv = self._qkv(x).view(-1, self._heads + 2 * self._kv_heads, self._head_dim)
         rotated = qkv[:, : -self._kv_heads]
         if self._qk_norm is not None:
             rotated = self._kernels.rms_norm(rotated, self._qk_norm, self._eps)
         rotated = self._kernels.rotate(rotated, cos, sin)
         query, key, value = rotated[:, : self._heads], rotated[:, self._heads :], qkv[:, -self._kv_heads :]
         self._kernels.write_kv(kv, self._layer, step.blocks, step.offsets, torch.stack((key, value), 1))
-        return self._attend(query, step, kv).flatten(1)
+        out = self._kernels.attend(query, kv, self._layer, step.batch, self._window, self._scale)
+        return out.flatten(1)
 
     def project(self, heads: Tensor) -> Tensor:
-        return self._kernels.linear(heads, self._out.weight, self._out.bias)
-
-    def _attend(self, query: Tensor, step: StepInputs, kv: Tensor) -> Tensor:
-        outputs: list[Tensor] = []
-        if step.num_decode:
-            decode = query[: step.num_decode]
-            outputs.append(
-                self._kernels.attend_decode(
-                    decode, kv, self._layer, step.block_table, step.lengths, self._window, self._scale
-                )
-            )
-        for chunk in step.chunks:
-            part = query[chunk.rows]
-            outputs.append(
-                self._kernels.attend_chunk(part, kv, self._layer, chunk.blocks, chunk.start, self._window, self._scale)
-            )
-        return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+        return self._out(heads)
 
 
 class GatedMlp:
@@ -121,19 +78,18 @@ class GatedMlp:
 
     def __init__(self, spec: ModelSpec, layer: int, source: WeightSource, kernels: Kernels) -> None:
         self._kernels = kernels
-        if spec.activation not in _ACTIVATIONS:
+        if spec.activation not in ACTIVATIONS:
             raise UnsupportedModel(
-                f"Activation {spec.activation!r} is not supported. Supported: {', '.join(_ACTIVATIONS)}."
+                f"Activation {spec.activation!r} is not supported. Supported: {', '.join(ACTIVATIONS)}."
             )
-        self._activation = _ACTIVATIONS[spec.activation]
+        self._activation = spec.activation
         name, inner = f"model.layers.{layer}.mlp", spec.intermediate_size
         parts = [f"{name}.gate_proj", f"{name}.up_proj"]
-        self._gate_up = _linear(source, parts, 2 * inner, spec.hidden_size, spec.mlp_bias)
-        self._down = _linear(source, [f"{name}.down_proj"], spec.hidden_size, inner, spec.mlp_bias)
+        self._gate_up = _linear(kernels, source, parts, 2 * inner, spec.hidden_size, spec.mlp_bias)
+        self._down = _linear(kernels, source, [f"{name}.down_proj"], spec.hidden_size, inner, spec.mlp_bias)
 
     def __call__(self, x: Tensor) -> Tensor:
-        gate, up = self._kernels.linear(x, self._gate_up.weight, self._gate_up.bias).chunk(2, -1)
-        return self._kernels.linear(self._activation(gate).mul_(up), self._down.weight, self._down.bias)
+        return self._down(self._kernels.gate(self._gate_up(x), self._activation))
 
 
 class Layer:
@@ -168,23 +124,25 @@ class Decoder:
         self._kernels = kernels
         self._rope = Rope(spec.rope, spec.head_dim, device)
         table = (spec.vocab_size, spec.hidden_size)
-        self._embedding = source.take(["model.embed_tokens.weight"], table)
+        embedding = source.take(["model.embed_tokens.weight"], table)
         self._layers = [Layer(spec, layer, source, kernels) for layer in range(spec.num_layers)]
         self._norm = source.take(["model.norm.weight"], (spec.hidden_size,))
-        self._head = self._embedding if spec.tie_embeddings else source.take(["lm_head.weight"], table)
+        head = embedding if spec.tie_embeddings else source.take(["lm_head.weight"], table)
+        self._head = kernels.linear(head, None)
+        self._embedding = self._head if spec.tie_embeddings else DenseLinear(embedding, None)
 
     @torch.inference_mode()
     def forward(self, step: StepInputs, kv: Tensor) -> Tensor:
         """float32 logits ``[len(step.logit_rows), vocab_size]``. Writes all tokens' keys and values into ``kv``."""
         cos, sin = self._rope.angles(step.positions)
-        x = F.embedding(step.tokens, self._embedding)
+        x = self._embedding.rows(step.tokens)
         for layer in self._layers[:-1]:
             x = layer(x, step, kv, cos, sin)
         x = self._layers[-1](x, step, kv, cos, sin, only=step.logit_rows)
         x = self._kernels.rms_norm(x, self._norm, self.spec.norm_eps)
-        return self._kernels.linear(x, self._head, None).float()
+        return self._head(x).float()
 
 
-def _linear(source: WeightSource, names: list[str], rows: int, columns: int, bias: bool) -> _Linear:
+def _linear(kernels: Kernels, source: WeightSource, names: list[str], rows: int, columns: int, bias: bool) -> Linear:
     weight = source.take([f"{name}.weight" for name in names], (rows, columns))
-    return _Linear(weight, source.take([f"{name}.bias" for name in names], (rows,)) if bias else None)
+    return kernels.linear(weight, source.take([f"{name}.bias" for name in names], (rows,)) if bias else None)

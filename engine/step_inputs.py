@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from engine.batch import Row, StepBatch
-from engine.model import Chunk, StepInputs
+from engine.model import StepInputs
+from kernels.types import ChunkSpan, Ragged
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,27 +44,30 @@ def flatten(batch: StepBatch, block_size: int, device: torch.device) -> Flattene
     def move(values: np.ndarray | list[int]) -> Tensor:
         return torch.as_tensor(values, dtype=torch.int64).to(device, non_blocking=True)
 
-    chunks: list[Chunk] = []
-    logit_rows: list[int] = []
+    ends = np.cumsum([len(row.tokens) for row in rows])
+    starts = ends - [len(row.tokens) for row in rows]
+    chunks = tuple(
+        ChunkSpan(int(start), int(end), row.start) for row, start, end in zip(rows, starts, ends, strict=True)
+    )
+    sampling = [place for place, row in enumerate(rows) if row.samples]
     logit_row: list[int | None] = [None] * len(rows)
-    end = 0
-    for index, row, table in zip(order, rows, tables, strict=True):
-        start, end = end, end + len(row.tokens)
-        if len(row.tokens) > 1:
-            chunks.append(Chunk(slice(start, end), row.start, move(table)))
-        if row.samples:
-            logit_row[index] = len(logit_rows)
-            logit_rows.append(end - 1)
+    for number, place in enumerate(sampling):
+        logit_row[order[place]] = number
+    ragged = Ragged(
+        query_starts=move([0, *ends]),
+        positions=move([row.start for row in rows]),
+        block_table=move(_pad(tables)),
+        num_decode=num_decode,
+        decode_width=max((len(table) for table in tables[:num_decode]), default=0),
+        chunks=chunks[num_decode:],
+    )
     inputs = StepInputs(
         tokens=move(list(chain.from_iterable(row.tokens for row in rows))),
         positions=move(positions),
         blocks=move(blocks),
         offsets=move(positions % block_size),
-        num_decode=num_decode,
-        block_table=move(_pad(tables[:num_decode])),
-        lengths=move([row.start + 1 for row in rows[:num_decode]]),
-        chunks=tuple(chunks),
-        logit_rows=move(logit_rows),
+        batch=ragged,
+        logit_rows=move(ends[sampling] - 1),
     )
     return Flattened(inputs, tuple(logit_row))
 
@@ -78,7 +82,7 @@ def _table(row: Row, block_size: int) -> np.ndarray:
 
 def _pad(tables: Sequence[np.ndarray]) -> np.ndarray:
     """Shorter tables are filled up with their own first block: memory that is theirs to read."""
-    width = max((len(table) for table in tables), default=0)
+    width = max(len(table) for table in tables)
     padded = np.empty((len(tables), width), dtype=np.int64)
     for row, table in zip(padded, tables, strict=True):
         row[: len(table)] = table

@@ -7,17 +7,41 @@ Knows shapes and strides; knows nothing of models, sequences or who owns a block
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from kernels.types import Linear, Ragged
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_pytorch_tanh": partial(F.gelu, approximate="tanh"),
+}
 
 _CHUNK_QUERIES = 512
 """Queries attended at once when a mask is needed: bounds the mask's memory."""
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """``x [tokens, in] @ weight [out, in].T + bias [out]``."""
-    return F.linear(x, weight, bias)
+@dataclass(frozen=True, slots=True)
+class DenseLinear:
+    weight: Tensor
+    bias: Tensor | None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight, self.bias)
+
+    def rows(self, index: Tensor) -> Tensor:
+        return F.embedding(index, self.weight)
+
+
+def linear(weight: Tensor, bias: Tensor | None) -> Linear:
+    """The map ``x [tokens, in]`` to ``x @ weight [out, in].T + bias [out]``. May keep ``weight`` or a copy."""
+    return DenseLinear(weight, bias)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -40,9 +64,32 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin).to(x.dtype)
 
 
+def gate(x: Tensor, activation: str) -> Tensor:
+    """``activation(gate) * up``, of ``x [tokens, 2 * inner]`` that holds gate and then up. See ``ACTIVATIONS``."""
+    left, right = x.chunk(2, -1)
+    return ACTIVATIONS[activation](left).mul_(right)
+
+
 def write_kv(kv: Tensor, layer: int, blocks: Tensor, offsets: Tensor, new: Tensor) -> None:
     """Stores ``new [tokens, 2, kv_heads, head_dim]`` at ``offsets [tokens]`` of ``blocks [tokens]``."""
     kv[:, layer][blocks, :, offsets] = new
+
+
+def attend(query: Tensor, kv: Tensor, layer: int, batch: Ragged, window: int | None, scale: float) -> Tensor:
+    """Causal attention of a step's tokens over their own sequences' keys and values, which are written already.
+
+    ``query [tokens, heads, head_dim]``; with a ``window`` a token sees itself and the window - 1 tokens before it.
+    Returns ``[tokens, heads, head_dim]``.
+    """
+    outputs: list[Tensor] = []
+    count = batch.num_decode
+    if count:
+        table, lengths = batch.block_table[:count, : batch.decode_width], batch.positions[:count] + 1
+        outputs.append(attend_decode(query[:count], kv, layer, table, lengths, window, scale))
+    for row, chunk in enumerate(batch.chunks, start=count):
+        part = query[chunk.start : chunk.end]
+        outputs.append(attend_chunk(part, kv, layer, batch.block_table[row], chunk.position, window, scale))
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
 
 def attend_decode(
@@ -50,8 +97,8 @@ def attend_decode(
 ) -> Tensor:
     """One query per sequence against its ``lengths [rows]`` stored tokens, its own among them.
 
-    ``query [rows, heads, head_dim]``; ``block_table [rows, max_blocks]``, padded with any valid block. With a
-    ``window`` a query sees itself and the window - 1 tokens before it. Returns ``[rows, heads, head_dim]``.
+    ``query [rows, heads, head_dim]``; ``block_table [rows, max_blocks]``, padded with any valid block.
+    Returns ``[rows, heads, head_dim]``.
     """
     rows, heads, head_dim = query.shape
     block_size, kv_heads = kv.shape[3:5]
@@ -81,8 +128,8 @@ def attend_chunk(
 ) -> Tensor:
     """Consecutive queries of one sequence, the first at position ``start``, against the tokens up to each of them.
 
-    ``query [tokens, heads, head_dim]``; ``blocks [n]`` hold positions 0 to start + tokens - 1, the chunk's own among
-    them. Returns ``[tokens, heads, head_dim]``.
+    ``query [tokens, heads, head_dim]``; ``blocks`` hold positions 0 to start + tokens - 1 at least, the chunk's own
+    among them. Returns ``[tokens, heads, head_dim]``.
     """
     tokens, block_size = query.shape[0], kv.shape[3]
     end = start + tokens

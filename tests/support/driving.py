@@ -14,7 +14,8 @@ from engine.families import read_spec
 from engine.model import Decoder
 from engine.step_inputs import flatten
 from engine.weights import SafetensorsSource
-from kernels.dispatch import REFERENCE, Kernels
+from kernels.dispatch import REFERENCE
+from kernels.types import Kernels
 from proto.request import SamplingParams
 
 CPU = torch.device("cpu")

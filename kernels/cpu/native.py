@@ -1,0 +1,146 @@
+"""The compiled kernels behind the signatures of ``kernels.reference``, for bfloat16.
+
+Whatever shape a compiled kernel does not take goes to the reference instead, so the choice shows in speed alone.
+A row's result depends neither on its batch nor on how its prompt was cut into chunks: every sum has one fixed order.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+from ctypes import c_float, c_int, c_int64, c_void_p
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from kernels import reference
+from kernels.cpu import library
+from kernels.types import Linear, Ragged
+
+_Function = Callable[..., int]
+
+
+class NativeKernels:
+    """Functions of one loaded library. Uses as many threads as torch is set to."""
+
+    def __init__(self, functions: ctypes.CDLL) -> None:
+        self._pack = _declare(functions, "pack_weight", 2, 2, c_int)
+        self._linear = _declare(functions, "linear", 4, 3, c_int)
+        self._attend = _declare(functions, "attend", 6, 10, c_float, c_int)
+        self._rms_norm = _declare(functions, "rms_norm", 3, 4, c_float, c_int)
+        self._rotate = _declare(functions, "rotate", 4, 4, c_int)
+        self._gate_silu = _declare(functions, "gate_silu", 2, 2, c_int)
+
+    def linear(self, weight: Tensor, bias: Tensor | None) -> Linear:
+        if weight.shape[1] % 32:
+            return reference.linear(weight, bias)
+        return PackedLinear(self._pack, self._linear, weight, bias)
+
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
+        tokens, heads, n = (x.shape[0], 1, x.shape[1]) if x.dim() == 2 else x.shape
+        if n % 16 or not _is_dense(x):
+            return reference.rms_norm(x, weight, eps)
+        out = torch.empty(x.shape, dtype=x.dtype)
+        threads = torch.get_num_threads()
+        self._rms_norm(x.data_ptr(), weight.data_ptr(), out.data_ptr(), tokens, heads, n, x.stride(0), eps, threads)
+        return out
+
+    def rotate(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        tokens, heads, n = x.shape
+        if n % 32 or not _is_dense(x):
+            return reference.rotate(x, cos, sin)
+        out = torch.empty(x.shape, dtype=x.dtype)
+        threads = torch.get_num_threads()
+        self._rotate(
+            x.data_ptr(), cos.data_ptr(), sin.data_ptr(), out.data_ptr(), tokens, heads, n, x.stride(0), threads
+        )
+        return out
+
+    def gate(self, x: Tensor, activation: str) -> Tensor:
+        tokens, width = x.shape
+        if activation != "silu" or width % 32 or not x.is_contiguous():
+            return reference.gate(x, activation)
+        out = torch.empty((tokens, width // 2), dtype=x.dtype)
+        self._gate_silu(x.data_ptr(), out.data_ptr(), tokens, width // 2, torch.get_num_threads())
+        return out
+
+    def attend(self, query: Tensor, kv: Tensor, layer: int, batch: Ragged, window: int | None, scale: float) -> Tensor:
+        _, heads, head_dim = query.shape
+        block_size, kv_heads = kv.shape[3:5]
+        if head_dim % 32 or head_dim > 256 or block_size % 16 or not _is_dense(query):
+            return reference.attend(query, kv, layer, batch, window, scale)
+        out = torch.empty(query.shape, dtype=query.dtype)
+        self._attend(
+            query.data_ptr(),
+            kv[0, layer].data_ptr(),
+            out.data_ptr(),
+            batch.query_starts.data_ptr(),
+            batch.positions.data_ptr(),
+            batch.block_table.data_ptr(),
+            query.stride(0),
+            kv.stride(0),
+            kv.stride(2),
+            batch.block_table.shape[1],
+            batch.block_table.shape[0],
+            heads,
+            kv_heads,
+            head_dim,
+            block_size,
+            window or 0,
+            scale,
+            torch.get_num_threads(),
+        )
+        return out
+
+
+class PackedLinear:
+    """A matrix in the order in which tiles consume it; the original is not kept."""
+
+    def __init__(self, pack: _Function, multiply: _Function, weight: Tensor, bias: Tensor | None) -> None:
+        rows, columns = weight.shape
+        self._multiply = multiply
+        self._rows = rows
+        self._bias = bias
+        self._packed = torch.empty((-(-rows // 32) * 2, columns // 2, 16, 2), dtype=weight.dtype)
+        pack(weight.data_ptr(), self._packed.data_ptr(), rows, columns, torch.get_num_threads())
+
+    def __call__(self, x: Tensor) -> Tensor:
+        x = x.contiguous()
+        out = torch.empty((x.shape[0], self._rows), dtype=x.dtype)
+        bias = None if self._bias is None else self._bias.data_ptr()
+        status = self._multiply(
+            x.data_ptr(),
+            self._packed.data_ptr(),
+            bias,
+            out.data_ptr(),
+            x.shape[0],
+            self._rows,
+            x.shape[1],
+            torch.get_num_threads(),
+        )
+        if status:
+            raise MemoryError("No memory for the scratch space of a matrix product.")
+        return out
+
+    def rows(self, index: Tensor) -> Tensor:
+        return self._packed[index // 16, :, index % 16].flatten(1)
+
+
+def load() -> NativeKernels | None:
+    """None, with the reason logged, where the kernels cannot run."""
+    functions = library.load()
+    return None if functions is None else NativeKernels(functions)
+
+
+def _declare(functions: ctypes.CDLL, name: str, pointers: int, numbers: int, *others: type) -> _Function:
+    """A C function of so many pointers, then 64-bit numbers, then ``others``."""
+    function = functions[name]
+    function.argtypes = [c_void_p] * pointers + [c_int64] * numbers + list(others)
+    function.restype = c_int
+    return cast(_Function, function)
+
+
+def _is_dense(x: Tensor) -> bool:
+    """Whether all but the first dimension lie without gaps."""
+    return x.stride(-1) == 1 and (x.dim() == 2 or x.stride(1) == x.shape[2])

@@ -1,0 +1,61 @@
+"""What kernels are given and give: the seam between a model and its implementations of the maths."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+
+class Linear(Protocol):
+    """A matrix ``[out, in]`` with an optional bias ``[out]``, in whatever order its kernel likes."""
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """``x [tokens, in]`` to ``[tokens, out]``."""
+
+    def rows(self, index: Tensor) -> Tensor:
+        """Rows of the matrix, as an embedding: ``index [tokens]`` to ``[tokens, in]``."""
+
+
+@dataclass(frozen=True, slots=True)
+class ChunkSpan:
+    """Tokens ``start`` to ``end - 1`` of a step belong to one sequence, the first of them at ``position``."""
+
+    start: int
+    end: int
+    position: int
+
+
+@dataclass(frozen=True, slots=True)
+class Ragged:
+    """Which tokens of a step belong to which sequence, and where each sequence's KV lies. Tensors are int64.
+
+    The first ``num_decode`` rows have one token each; ``chunks`` are the others. ``query_starts [rows + 1]``: where
+    each row's tokens begin; ``positions [rows]``: the position of its first one; ``block_table [rows, width]``: its
+    blocks, padded with any valid one. The first ``decode_width`` columns hold all blocks of the decode rows.
+    """
+
+    query_starts: Tensor
+    positions: Tensor
+    block_table: Tensor
+    num_decode: int
+    decode_width: int
+    chunks: tuple[ChunkSpan, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Kernels:
+    """The operations of a step; each has the signature, shapes and meaning of its namesake in ``kernels.reference``.
+
+    ``name`` goes into a worker's numerics id.
+    """
+
+    name: str
+    linear: Callable[[Tensor, Tensor | None], Linear]
+    rms_norm: Callable[[Tensor, Tensor, float], Tensor]
+    rotate: Callable[[Tensor, Tensor, Tensor], Tensor]
+    gate: Callable[[Tensor, str], Tensor]
+    write_kv: Callable[[Tensor, int, Tensor, Tensor, Tensor], None]
+    attend: Callable[[Tensor, Tensor, int, Ragged, int | None, float], Tensor]
