@@ -1,7 +1,7 @@
 """A step as a value: what the scheduler's decision asks the runner to compute. Holds numbers, no tensors.
 
-    tokens of one sequence:  [0 ........ start) [start ...... start + len(tokens))
-                             in KV already       computed and written by this step
+tokens of one sequence:  [0 ........ start) [start ...... start + len(tokens))
+                         in KV already       computed and written by this step
 """
 
 from __future__ import annotations

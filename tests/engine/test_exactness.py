@@ -81,7 +81,9 @@ class Engine:
 
     def __init__(self, directory: Path, *, num_blocks: int = 400, chunk: int = 2048, max_model_len: int = 1024) -> None:
         settings = EngineSettings(
-            model=ModelSettings(model=str(directory), dtype="float32", device="cpu", threads=1, max_model_len=max_model_len),
+            model=ModelSettings(
+                model=str(directory), dtype="float32", device="cpu", threads=1, max_model_len=max_model_len
+            ),
             cache=CacheSettings(num_gpu_blocks_override=num_blocks),
             scheduler=SchedulerSettings(max_num_batched_tokens=chunk, max_num_seqs=8),
         )
