@@ -461,6 +461,7 @@ def test_a_cancelled_reservation_keeps_what_is_verified() -> None:
             bench.memory.cells[room.blocks[index]][:] = (prompt + [ZERO] * 2)[4 * index : 4 * index + 4]
         bench.core.cancel(RequestId("a"), num_verified)
         bench.core.check_integrity()
+        assert set(bench.core.cached_hashes()) <= set(hashes[:3]), "a partial block is never cached"
     request = make_request("b", prompt)
     bench.core.add(request)
     bench.expect([request], bench.drain())
@@ -483,6 +484,21 @@ def test_no_room_is_promised_while_blocks_or_seats_are_lacking() -> None:
     bench.core.cancel(RequestId("b"))
     bench.expect([request], bench.drain())
     assert bench.core.is_idle()
+
+
+def test_a_match_in_the_free_queue_is_not_counted_as_free() -> None:
+    bench = Bench(make_facts(num_blocks=4))
+    hashes = bench.hasher.all_blocks(prompt_of(9))
+    assert bench.core.reserve(RequestId("a"), hashes, 9, 1) is not None
+    bench.core.cancel(RequestId("a"), 3)
+    # The two cached blocks and two more are all there are: enough for one choice, not for two.
+    with pytest.raises(InvalidRequest):
+        bench.core.reserve(RequestId("b"), hashes, 9, 2)
+    assert bench.core.reserve(RequestId("c"), bench.hasher.all_blocks([3]), 1, 1) is not None
+    assert bench.core.reserve(RequestId("b"), hashes, 9, 1) is None
+    bench.core.cancel(RequestId("c"))
+    assert bench.core.reserve(RequestId("b"), hashes, 9, 1) is not None
+    bench.core.check_integrity()
 
 
 def test_preempted_work_goes_before_new_reservations() -> None:

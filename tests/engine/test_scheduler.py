@@ -157,6 +157,17 @@ def test_the_last_in_rank_is_preempted_for_the_first() -> None:
     assert schedule.is_full
 
 
+def test_nobody_is_admitted_in_a_step_that_preempts() -> None:
+    scene = Scene(num_blocks=12)
+    scene.run(track(1, 7, output=2), 8, num_blocks=2)
+    last = scene.run(track(3, 30, output=8), 37)
+    # The last has ten blocks: taking them leaves more than enough for the newcomer, who would be gone again soon.
+    schedule = scene.decide([track(4, 1)])
+    assert schedule.preemptions == (last,)
+    assert not schedule.admissions
+    assert schedule.is_full
+
+
 def test_the_last_waits_with_its_blocks_instead_of_preempting_itself() -> None:
     scene = Scene(num_blocks=4)
     scene.run(track(1, 6, output=1), 6)
