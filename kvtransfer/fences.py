@@ -79,7 +79,9 @@ class FenceTable:
         self._live: dict[RequestId, _Live] = {}
         self._tombstones: OrderedDict[RequestId, tuple[Generation, float]] = OrderedDict()
 
-    def __len__(self) -> int:
+    @property
+    def num_known(self) -> int:
+        """Requests of which anything is remembered."""
         return len(self._live) + len(self._tombstones)
 
     def highest(self, request: RequestId) -> Generation:
