@@ -4,6 +4,7 @@
 # Needs root, Docker's engine and docker-compose (or the compose plugin). Starts dockerd if none runs, and ends that one.
 # On a machine that reaches no container registry, BASE_IMAGE_SCRIPT names a program that makes the base images instead:
 #   $BASE_IMAGE_SCRIPT TAG [DEBIAN-PACKAGE...]
+# WHEELS: a folder of wheels that the images should install, such as torch's CPU build (copied to compose/wheels).
 # MODEL: the checkpoint to serve; without it, a small random one is made. PORT: the router's (default 8000).
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -53,6 +54,10 @@ if [ -n "${BASE_IMAGE_SCRIPT:-}" ]; then
     docker image inspect redis:7-bookworm >/dev/null 2>&1 || "$BASE_IMAGE_SCRIPT" redis:7-bookworm redis-server
 fi
 
+if [ -n "${WHEELS:-}" ]; then
+    mkdir -p compose/wheels
+    cp "$WHEELS"/*.whl compose/wheels/
+fi
 say "building"
 compose build
 

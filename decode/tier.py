@@ -24,7 +24,7 @@ from kvtransfer.fences import FenceTable
 from kvtransfer.intake import Refusal
 from kvtransfer.receiver import CORRUPT
 from proto.control import Abort, Attach, Failed, FromRouter, Progress, Rejected, RejectReason, Renew
-from proto.errors import InvalidRequest, Overloaded, TandemError
+from proto.errors import InvalidRequest, Overloaded, RemoteProtocolError, TandemError
 from proto.handoff import Fence, Offer, RefuseReason, Seal, SealedChoice
 from proto.ids import Generation, RequestId, try_id
 from proto.lifecycle import Stage
@@ -209,7 +209,9 @@ class DecodeTier:
                 lambda core: core.reserve(key, offer.hashes, offer.num_tokens, offer.num_choices)
             )
         except InvalidRequest as never:
-            return Refusal(RefuseReason.FULL, never.message)
+            return Refusal(RefuseReason.MISMATCH, never.message)
+        except RemoteProtocolError as broken:
+            return Refusal(RefuseReason.MISMATCH, broken.message)
         if reservation is None:
             return Refusal(RefuseReason.FULL, "no free KV blocks", retry_after_s=1.0)
         seat = self._seats.get(fence.request)

@@ -34,6 +34,11 @@ from worker.tasks import Tasks
 
 log = logging.getLogger(__name__)
 
+_WHY_HELD: dict[RefuseReason | str, RejectReason] = {
+    PEER_LOST: RejectReason.PEER_LOST,
+    RefuseReason.MISMATCH: RejectReason.MISMATCH,
+}
+
 
 class PrefillTier:
     """Serves routers' prompts on one engine. ``close`` lets go of everything."""
@@ -210,7 +215,8 @@ class PrefillTier:
         if job.key not in self._by_key:
             return
         job.is_held = True
-        self._reject(job.request.id, job.generation, reason, message, held=True)
+        retry_after_s = job.session.retry_after_s if job.session else None
+        self._reject(job.request.id, job.generation, reason, message, retry_after_s, held=True)
         held = [each for each in self._jobs.values() if each.is_held and each.is_computed]
         self._metrics.set_held(len(held))
         if len(held) > self._max_held:
@@ -287,8 +293,7 @@ class _News:
         self._tier.granted(self._job, transport)
 
     def held(self, reason: RefuseReason | Literal["peer_lost"], message: str) -> None:
-        why = RejectReason.PEER_LOST if reason == PEER_LOST else RejectReason.REFUSED
-        self._tier.held(self._job, why, message)
+        self._tier.held(self._job, _WHY_HELD.get(reason, RejectReason.REFUSED), message)
 
     def adopted(self, num_bytes: int, duration_s: float) -> None:
         self._tier.adopted(self._job, num_bytes, duration_s)

@@ -135,6 +135,8 @@ class RejectReason(enum.Enum):
     DRAINING = "draining"
     REFUSED = "refused"
     """(P) D refused the offer; the blocks are HELD: redirect or abort."""
+    MISMATCH = "mismatch"
+    """(P) D can never take these blocks: another layout, no common transport, or too many of them. They are HELD."""
     PEER_LOST = "peer_lost"
     """(P) D is gone before Adopted; the blocks are HELD. (D) P is gone before Seal; everything is freed."""
     STALE = "stale"

@@ -80,7 +80,11 @@ def after_rejection(side: Side, reason: RejectReason, held: bool, situation: Sit
         return Remedy.REDIRECT if situation.prefill_has_blocks else situation.again
     if situation.adopted and not situation.lacks_first:
         return Remedy.NONE
-    if reason in (RejectReason.REFUSED, RejectReason.PEER_LOST) and held and not situation.adopted:
+    if (
+        reason in (RejectReason.REFUSED, RejectReason.MISMATCH, RejectReason.PEER_LOST)
+        and held
+        and not situation.adopted
+    ):
         return Remedy.REDIRECT
     return situation.again
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from proto.errors import SettingsError, TandemError
-from proto.settings import LedgerSettings, LogSettings, ModelSettings, RouterSettings, WorkerSettings
+from proto.settings import CacheSettings, LedgerSettings, LogSettings, ModelSettings, RouterSettings, WorkerSettings
 from tandem.options import ROUTER, SERVE, WORKER, Parser, Resolved, Scope, build_parser, resolve
 from tandem.version import __version__
 
@@ -119,7 +119,13 @@ def _router(argv: Sequence[str]) -> int:
     ledger = _meeting_place(resolved)
     from router.server import run
 
-    return run(resolved.get(RouterSettings), ledger, resolved.get(ModelSettings), resolved.get(LogSettings))
+    return run(
+        resolved.get(RouterSettings),
+        ledger,
+        resolved.get(ModelSettings),
+        resolved.get(LogSettings),
+        resolved.get(CacheSettings),
+    )
 
 
 def _prefill(argv: Sequence[str]) -> int:

@@ -250,7 +250,11 @@ def child_groups(settings: StackSettings, machine: Machine, *, is_private: bool)
         own = settings_environ([engine.model, engine.cache, engine.scheduler, mine])
         return _child(role, name, {**base, **shared, **own, **parts[index].environ}, settings)
 
-    router_environ = {**base, **shared, **settings_environ([settings.router, settings.engine.model])}
+    router_environ = {
+        **base,
+        **shared,
+        **settings_environ([settings.router, settings.engine.model, settings.engine.cache]),
+    }
     return [
         [_child(ROUTER, ROUTER, router_environ, settings)],
         [worker("prefill", number, number) for number in range(num_prefill)],

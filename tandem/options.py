@@ -43,10 +43,23 @@ class Scope:
 
 _OWN_ADDRESS = frozenset(f"worker.{name}" for name in ("host", "port", "advertise", "http_port", "worker_id"))
 _ENGINE = ("model", "cache", "scheduler")
+_OF_ROUTER = frozenset(
+    (
+        "model.tokenizer",
+        "model.served_model_name",
+        "model.generation_config",
+        "model.override_generation_config",
+        "model.download_dir",
+        "model.hf_token",
+        "cache.prefix_hash_key",
+    )
+)
+"""What a router needs of the engine's settings; the rest it learns from the workers."""
+_NOT_OF_ROUTER = frozenset(option.key for section in ("model", "cache") for option in options_of(section)) - _OF_ROUTER
 
 SERVE = Scope(("local", *_ENGINE, "ledger", "worker", "router", "log"), _OWN_ADDRESS, takes_model=True)
 WORKER = Scope((*_ENGINE, "ledger", "worker", "log"), takes_model=True)
-ROUTER = Scope(("router", "ledger", "model", "log"))
+ROUTER = Scope(("router", "ledger", "model", "cache", "log"), _NOT_OF_ROUTER)
 OFFLINE = Scope(_ENGINE)
 
 

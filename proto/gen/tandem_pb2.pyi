@@ -44,6 +44,7 @@ class RejectReason(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     REJECT_REASON_PEER_LOST: _ClassVar[RejectReason]
     REJECT_REASON_STALE: _ClassVar[RejectReason]
     REJECT_REASON_UNKNOWN: _ClassVar[RejectReason]
+    REJECT_REASON_MISMATCH: _ClassVar[RejectReason]
 
 class Phase(int, metaclass=_enum_type_wrapper.EnumTypeWrapper):
     __slots__ = ()
@@ -89,6 +90,7 @@ REJECT_REASON_REFUSED: RejectReason
 REJECT_REASON_PEER_LOST: RejectReason
 REJECT_REASON_STALE: RejectReason
 REJECT_REASON_UNKNOWN: RejectReason
+REJECT_REASON_MISMATCH: RejectReason
 PHASE_UNSPECIFIED: Phase
 PHASE_STARTING: Phase
 PHASE_LOADING: Phase

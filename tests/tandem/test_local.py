@@ -62,11 +62,14 @@ def test_a_worker_reads_its_settings_from_its_environment() -> None:
 
 
 def test_the_router_reads_its_settings_from_its_environment() -> None:
-    settings = stack_settings("--port", "9", "--disagg-threshold", "5", "--seed", "3")
+    settings = stack_settings(
+        "--port", "9", "--disagg-threshold", "5", "--generation-config", "vllm", "--prefix-hash-key=salt"
+    )
     ((router,), _, _) = child_groups(settings, Machine(8), is_private=True)
     read = as_child_reads(dict(router.environ), ROUTER)
     assert read.get(RouterSettings) == RouterSettings(port=9, disagg_threshold=5)
-    assert read.get(ModelSettings).seed == 3
+    assert read.get(ModelSettings).generation_config == "vllm"
+    assert read.get(CacheSettings).prefix_hash_key == "salt"
 
 
 def test_secrets_travel_by_environment_to_those_who_need_them(monkeypatch: pytest.MonkeyPatch) -> None:
