@@ -50,7 +50,7 @@ def test_a_rejection_by_prefill_before_adoption_goes_on_from_held_blocks_alone(
 ) -> None:
     facts = situation(prefill_has_blocks=True, started=started, lacks_first=not started)
     remedy = after_rejection(Side.PREFILL, reason, held, facts)
-    if held and reason in (RejectReason.REFUSED, RejectReason.PEER_LOST):
+    if held and reason in (RejectReason.REFUSED, RejectReason.MISMATCH, RejectReason.PEER_LOST):
         assert remedy is Remedy.REDIRECT
     else:
         assert remedy is (Remedy.RESUME if started else Remedy.RESTART)
