@@ -17,6 +17,7 @@ from dataclasses import dataclass
 
 from kvtransfer.arrivals import Arrivals, Placed
 from kvtransfer.fences import FenceTable, Refused, why_refused
+from kvtransfer.sanity import check_frame, check_offer, check_seal
 from kvtransfer.states import RECEIVE, Ours, ReceiveState, Theirs, after
 from proto.errors import RemoteProtocolError, StaleMessage
 from proto.handoff import (
@@ -291,9 +292,7 @@ class Receiver:
             # Compared before anything else is believed: another layout's numbers mean other things.
             self._outputs.append(Refuse(offer.fence, RefuseReason.MISMATCH, self._mismatch(offer)))
             return
-        num_blocks = -(-offer.num_tokens // self._layout.block_size)
-        if not offer.num_tokens or len(offer.hashes) != num_blocks or offer.num_choices < 1 or offer.lease_s <= 0:
-            raise RemoteProtocolError(f"an offer of {offer.num_tokens} tokens in {len(offer.hashes)} blocks")
+        check_offer(offer, self._layout)
         try:
             self._fences.open(offer.fence, now, self.superseded)
         except StaleMessage as stale:
@@ -327,11 +326,7 @@ class Receiver:
     def _framed(self, frame: Frame) -> None:
         assert self._offer is not None
         following = after(RECEIVE, self.state, Theirs.FRAME)
-        num_present = self._grant.num_present if self._grant else 0
-        if not num_present <= frame.index < len(self._offer.hashes):
-            raise RemoteProtocolError(f"block {frame.index} was not asked for")
-        if isinstance(frame.payload, bytes | memoryview) and len(frame.payload) != self._layout.block_bytes:
-            raise RemoteProtocolError(f"block {frame.index} has {len(frame.payload)} bytes")
+        check_frame(frame, self._offer, self._grant.num_present if self._grant else 0, self._layout)
         self.state = following
         if self._say_adopted():
             return
@@ -341,16 +336,7 @@ class Receiver:
     def _sealed(self, seal: Seal) -> None:
         assert self._offer is not None
         following = after(RECEIVE, self.state, Theirs.SEAL)
-        num_blocks = len(self._offer.hashes)
-        num_tokens = (seal.num_blocks - 1) * self._layout.block_size + seal.num_tokens_last
-        if (seal.num_blocks, num_tokens, len(seal.choices)) != (
-            num_blocks,
-            self._offer.num_tokens,
-            self._offer.num_choices,
-        ):
-            raise RemoteProtocolError(
-                f"the seal of {num_tokens} tokens in {seal.num_blocks} blocks is not of what was offered"
-            )
+        check_seal(seal, self._offer, self._layout)
         if self._seal is not None and seal != self._seal:
             raise RemoteProtocolError("two seals that differ")
         self.state = following

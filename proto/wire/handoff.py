@@ -71,7 +71,7 @@ def encode_handoff(message: HandoffMessage) -> bytes:
     return bytes((_CONTROL,)) + seal(envelope)
 
 
-def decode_handoff(data: bytes) -> HandoffMessage:
+def decode_handoff(data: bytes | memoryview) -> HandoffMessage:
     """A frame's payload is a view into ``data``."""
     view = memoryview(data)
     if not view:

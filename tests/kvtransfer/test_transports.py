@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import random
+from collections import deque
 from collections.abc import AsyncIterator, Awaitable, Callable
 
 import grpc
@@ -200,6 +201,57 @@ class TestGrpc:
         assert await ours.receive() == Nack(FENCE, 4)
         guest.may_end.set()
         await ours.close()
+
+    async def test_small_messages_that_wait_leave_together(self, listen: Serve) -> None:
+        guest = Guest()
+        ours = await grpc_link.connect(await listen(guest.on_link))
+        await asyncio.gather(*(ours.send(Ack(FENCE, upto)) for upto in range(200)))
+        theirs = await guest.link
+        assert [await theirs.receive() for _ in range(200)] == [Ack(FENCE, upto) for upto in range(200)]
+        guest.may_end.set()
+        await ours.close()
+
+    async def test_a_peer_that_does_not_read_makes_the_writer_wait(self, listen: Serve) -> None:
+        guest = Guest()
+        ours = await grpc_link.connect(await listen(guest.on_link))
+        await ours.send(make_offer(1))
+        theirs = await guest.link
+        big = Frame(FENCE, 0, 1, bytes(1 << 20))
+        num_sent = 0
+
+        async def fill() -> None:
+            nonlocal num_sent
+            while num_sent < 64:
+                await ours.send(big)
+                num_sent += 1
+
+        filling = asyncio.create_task(fill())
+        done, _ = await asyncio.wait({filling}, timeout=0.3)
+        assert not done
+        assert isinstance(await theirs.receive(), Offer)
+        for _ in range(64):
+            assert isinstance(await theirs.receive(), Frame)
+        await filling
+        guest.may_end.set()
+        await ours.close()
+
+    def test_batches(self) -> None:
+        small, large = b"\x00" * 10, b"\x01" * (grpc_link.MAX_BATCH_BYTES + 1)
+        waiting = deque([small, small, large, small])
+        packed = []
+        while waiting:
+            packed.append(grpc_link._packed(waiting))
+        assert packed[1] is large
+        assert [[bytes(each) for each in grpc_link._unpacked(data)] for data in packed] == [
+            [small, small],
+            [large],
+            [small],
+        ]
+
+    @pytest.mark.parametrize("data", [b"\x02\x00\x00", b"\x02\x00\x00\x00\x05abc"])
+    def test_malformed_batches(self, data: bytes) -> None:
+        with pytest.raises(RemoteProtocolError):
+            grpc_link._unpacked(data)
 
     async def test_nobody_listens(self) -> None:
         with pytest.raises(LinkLost):
