@@ -18,6 +18,8 @@ from kernels.reference import ACTIVATIONS, DenseLinear
 from kernels.types import Kernels, Linear, Ragged
 from proto.errors import UnsupportedModel
 
+_CPU_MLP_TOKENS = 512
+
 
 @dataclass(frozen=True, slots=True)
 class StepInputs:
@@ -89,7 +91,13 @@ class GatedMlp:
         self._down = _linear(kernels, source, [f"{name}.down_proj"], spec.hidden_size, inner, spec.mlp_bias)
 
     def __call__(self, x: Tensor) -> Tensor:
-        return self._down(self._kernels.gate(self._gate_up(x), self._activation))
+        parts = [self._down(self._kernels.gate(self._gate_up(part), self._activation)) for part in self._split(x)]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def _split(self, x: Tensor) -> list[Tensor]:
+        """On CPU so few tokens at once that the wide intermediate stays near the core and is not allocated afresh."""
+        size = _CPU_MLP_TOKENS if x.device.type == "cpu" else x.shape[0]
+        return [x[first : first + size] for first in range(0, x.shape[0], size)] or [x]
 
 
 class Layer:
@@ -121,7 +129,7 @@ class Decoder:
     def __init__(self, spec: ModelSpec, source: WeightSource, kernels: Kernels, device: torch.device) -> None:
         self.spec = spec
         self.device = device
-        self._kernels = kernels
+        self.kernels = kernels
         self._rope = Rope(spec.rope, spec.head_dim, device)
         table = (spec.vocab_size, spec.hidden_size)
         embedding = source.take(["model.embed_tokens.weight"], table)
@@ -139,7 +147,7 @@ class Decoder:
         for layer in self._layers[:-1]:
             x = layer(x, step, kv, cos, sin)
         x = self._layers[-1](x, step, kv, cos, sin, only=step.logit_rows)
-        x = self._kernels.rms_norm(x, self._norm, self.spec.norm_eps)
+        x = self.kernels.rms_norm(x, self._norm, self.spec.norm_eps)
         return self._head(x).float()
 
 

@@ -41,11 +41,11 @@ class Runner:
             if logit_row is not None
             for spec in row.samples
         ]
-        sampled = iter(sample(logits, draws))
+        sampled = iter(sample(logits, draws, self._model.kernels.gumbel))
         return tuple(_take(sampled, len(row.samples)) for row in batch.rows)
 
     def _check_finite(self, logits: torch.Tensor) -> None:
-        bad = int((~torch.isfinite(logits).all(-1)).sum())
+        bad = int((~torch.isfinite(logits.sum(-1))).sum())
         if bad:
             raise LocalFault(
                 f"The model gave logits that are not finite for {bad} of {logits.shape[0]} sequences in this step: "

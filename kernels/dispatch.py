@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
-from kernels import reference
+from kernels import noise, reference
 from kernels.cpu import native
 from kernels.types import Kernels
 
@@ -16,14 +18,20 @@ REFERENCE = Kernels(
     gate=reference.gate,
     write_kv=reference.write_kv,
     attend=reference.attend,
+    gumbel=noise.gumbel,
 )
 
 
 def choose(device: torch.device, dtype: torch.dtype) -> Kernels:
-    """The fastest kernels for models of ``dtype`` on ``device``: compiled ones for bfloat16 on CPUs with AMX."""
-    compiled = native.load() if device.type == "cpu" and dtype == torch.bfloat16 else None
+    """The fastest kernels for models of ``dtype`` on ``device``: compiled ones on CPUs with AMX.
+
+    For other types than bfloat16 those compute the noise of draws alone.
+    """
+    compiled = native.load() if device.type == "cpu" else None
     if compiled is None:
         return REFERENCE
+    if dtype != torch.bfloat16:
+        return replace(REFERENCE, name="torch, amx noise", gumbel=compiled.gumbel)
     return Kernels(
         name="amx",
         linear=compiled.linear,
@@ -32,4 +40,5 @@ def choose(device: torch.device, dtype: torch.dtype) -> Kernels:
         gate=compiled.gate,
         write_kv=reference.write_kv,
         attend=compiled.attend,
+        gumbel=compiled.gumbel,
     )

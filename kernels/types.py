@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 
@@ -59,3 +60,5 @@ class Kernels:
     gate: Callable[[Tensor, str], Tensor]
     write_kv: Callable[[Tensor, int, Tensor, Tensor, Tensor], None]
     attend: Callable[[Tensor, Tensor, int, Ragged, int | None, float], Tensor]
+    gumbel: Callable[[Sequence[int], int, torch.device], Tensor]
+    """As ``kernels.noise.gumbel``."""

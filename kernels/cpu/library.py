@@ -19,7 +19,7 @@ from pathlib import Path
 log = logging.getLogger(__name__)
 
 _FOLDER = Path(__file__).parent
-_SOURCES = ("linear.c", "attention.c", "elementwise.c")
+_SOURCES = ("linear.c", "attention.c", "elementwise.c", "noise.c")
 _HEADERS = ("tiles.h", "vector.h")
 _ISA = ("avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_bf16", "fma", "amx_tile", "amx_bf16")
 _TARGET = [f"-m{name.replace('_bf16', 'bf16') if name.startswith('avx') else name.replace('_', '-')}" for name in _ISA]

@@ -7,10 +7,11 @@ A row's result depends neither on its batch nor on how its prompt was cut into c
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from ctypes import c_float, c_int, c_int64, c_void_p
 from typing import cast
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -30,6 +31,7 @@ class NativeKernels:
         self._attend = _declare(functions, "attend", 6, 10, c_float, c_int)
         self._rms_norm = _declare(functions, "rms_norm", 3, 4, c_float, c_int)
         self._rotate = _declare(functions, "rotate", 4, 4, c_int)
+        self._gumbel = _declare(functions, "gumbel", 2, 2, c_int)
         self._gate_silu = _declare(functions, "gate_silu", 2, 2, c_int)
 
     def linear(self, weight: Tensor, bias: Tensor | None) -> Linear:
@@ -63,6 +65,13 @@ class NativeKernels:
             return reference.gate(x, activation)
         out = torch.empty((tokens, width // 2), dtype=x.dtype)
         self._gate_silu(x.data_ptr(), out.data_ptr(), tokens, width // 2, torch.get_num_threads())
+        return out
+
+    def gumbel(self, keys: Sequence[int], vocab_size: int, device: torch.device) -> Tensor:
+        """Equal to ``kernels.noise.gumbel`` up to the last bits of its logarithms, about ten times as fast."""
+        packed = torch.from_numpy(np.array(keys, dtype=np.uint64).view(np.int64))
+        out = torch.empty((len(keys), vocab_size))
+        self._gumbel(packed.data_ptr(), out.data_ptr(), len(keys), vocab_size, torch.get_num_threads())
         return out
 
     def attend(self, query: Tensor, kv: Tensor, layer: int, batch: Ragged, window: int | None, scale: float) -> Tensor:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from kernels import reference
+from kernels import noise, reference
 from kernels.cpu import library, native
 from kernels.types import ChunkSpan, Ragged
 
@@ -118,6 +118,15 @@ def test_elementwise(kernels: native.NativeKernels, tokens: int) -> None:
     cos, sin = torch.randn(2, tokens, 1, 64)
     close(kernels.rotate(x[:, :6], cos, sin), reference.rotate(x[:, :6].float(), cos, sin))
     close(kernels.gate(flat, "silu"), reference.gate(flat.float(), "silu"))
+
+
+def test_gumbel_is_that_of_the_definition(kernels: native.NativeKernels) -> None:
+    keys = [noise.draw_key(seed, seed * 7) for seed in range(40)]
+    for vocab_size in (1, 16, 1003, 30_000):
+        expected = noise.gumbel(keys, vocab_size, torch.device("cpu"))
+        found = kernels.gumbel(keys, vocab_size, torch.device("cpu"))
+        torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
+        assert torch.equal(found[3], kernels.gumbel(keys[3:4], vocab_size, torch.device("cpu"))[0])
 
 
 def test_gate_at_the_ends_of_the_range(kernels: native.NativeKernels) -> None:
