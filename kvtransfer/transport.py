@@ -31,7 +31,10 @@ class Link(Protocol):
 
 
 class BlockStore(Protocol):
-    """One worker's KV memory, block by block. Only its owner writes, and only blocks it has reserved."""
+    """One worker's KV memory, block by block. Only its owner writes, and only blocks it has reserved.
+
+    ``read`` and ``write`` are called from several threads at once, never for one block while it is being written.
+    """
 
     @property
     def layout(self) -> KvLayout: ...
