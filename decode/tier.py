@@ -23,8 +23,8 @@ from engine.sequence import Reservation
 from kvtransfer.fences import FenceTable
 from kvtransfer.intake import Refusal
 from kvtransfer.receiver import CORRUPT
-from proto.control import Abort, Attach, Failed, FromRouter, Progress, Rejected, RejectReason, Renew
-from proto.errors import InvalidRequest, Overloaded, RemoteProtocolError, TandemError
+from proto.control import Abort, Attach, FromRouter, RejectReason, Renew
+from proto.errors import InvalidRequest, RemoteProtocolError
 from proto.handoff import Fence, Offer, RefuseReason, Seal, SealedChoice
 from proto.ids import Generation, RequestId, try_id
 from proto.lifecycle import Stage
@@ -32,6 +32,7 @@ from proto.request import Request, TokenOut
 from service.metrics import WorkerMetrics
 from worker.host import EngineHost, StepNews
 from worker.leases import Leases
+from worker.news import News
 from worker.routers import RouterStreams
 from worker.tasks import Tasks
 
@@ -54,6 +55,7 @@ class DecodeTier:
         self._routers = routers
         self._fences = fences
         self._metrics = metrics
+        self._news = News(routers, metrics)
         self._done_lease_s = done_lease_s
         self._seats: dict[RequestId, Seat] = {}
         self._by_key: dict[RequestId, Seat] = {}
@@ -94,10 +96,10 @@ class DecodeTier:
             self._replay(seat, message)
             return
         if generation < self._fences.highest(request) or (seat is not None and generation < seat.generation):
-            self._reject(request, generation, RejectReason.STALE, "a newer try of this request is known")
+            self._news.reject(request, generation, RejectReason.STALE, "a newer try of this request is known")
             return
         if self.is_draining and seat is None:
-            self._reject(request, generation, RejectReason.DRAINING, "the decode worker is draining")
+            self._news.reject(request, generation, RejectReason.DRAINING, "the decode worker is draining")
             return
         if seat is None or seat.generation < generation:
             seat = self._take(request, generation)
@@ -176,15 +178,8 @@ class DecodeTier:
         # Log probabilities are not part of a hand-off: where they are wanted, only P can say a first token.
         return tokens if request.params.logprobs is None else []
 
-    async def _admit(self, seat: Seat, admitted: asyncio.Future[None]) -> None:
-        try:
-            await admitted
-        except Overloaded as full:
-            self._reject(seat.request, seat.generation, RejectReason.FULL, full.message, full.retry_after_s)
-            self._drop(seat, full.message)
-        except TandemError as error:
-            failed = Failed(seat.request, seat.generation, error.status, error.kind, error.message, error.param)
-            self._routers.send(seat.request, failed)
+    async def _admit(self, seat: Seat, answer: asyncio.Future[None]) -> None:
+        if error := await self._news.was_admitted(seat.request, seat.generation, answer):
             self._drop(seat, error.message)
 
     # What a receive session asks and says.
@@ -259,7 +254,7 @@ class DecodeTier:
                 self._compute(seat, seat.attach.request)
             return
         if seat.attach is not None:
-            self._reject(fence.request, fence.generation, RejectReason.PEER_LOST, reason)
+            self._news.reject(fence.request, fence.generation, RejectReason.PEER_LOST, reason)
         self._drop(seat, reason)
 
     # What the engine says.
@@ -332,21 +327,15 @@ class DecodeTier:
     def _progress(
         self, seat: Seat, stage: Stage, *, num_cached: int = 0, num_bytes: int = 0, duration_s: float | None = None
     ) -> None:
-        left = seat.clock.stage
-        spent = seat.clock.enter(stage)
-        self._metrics.stage_left(left, spent)
-        spent = spent if duration_s is None else duration_s
-        self._routers.send(seat.request, Progress(seat.request, seat.generation, stage, num_cached, num_bytes, spent))
-
-    def _reject(
-        self,
-        request: RequestId,
-        generation: Generation,
-        reason: RejectReason,
-        message: str,
-        retry_after_s: float | None = None,
-    ) -> None:
-        self._routers.send(request, Rejected(request, generation, reason, message, retry_after_s))
+        self._news.progress(
+            seat.request,
+            seat.generation,
+            seat.clock,
+            stage,
+            num_cached=num_cached,
+            num_bytes=num_bytes,
+            duration_s=duration_s,
+        )
 
     def _now(self) -> float:
         return asyncio.get_running_loop().time()

@@ -6,7 +6,6 @@ itself.
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import os
 import time
@@ -20,6 +19,7 @@ import torch
 from engine import checkpoint, machine, sizing
 from engine.batch import Row, SampleSpec, StepBatch
 from engine.config_file import ConfigFile
+from engine.core import EngineCore
 from engine.facts import EngineFacts
 from engine.families import ModelSpec, read_eos, read_spec
 from engine.kv_memory import KvMemory
@@ -29,7 +29,8 @@ from engine.weights import DummySource, SafetensorsSource, WeightSource, stored_
 from kernels import dispatch
 from proto.control import ModelCard
 from proto.errors import SettingsError
-from proto.hashing import BlockHasher
+from proto.hashing import BlockHasher, hash_key
+from proto.ids import RequestId
 from proto.layout import KvLayout
 from proto.request import SamplingParams
 from proto.settings import EngineSettings, ModelSettings
@@ -48,6 +49,28 @@ class EngineParts:
     facts: EngineFacts
     card: ModelCard
     hasher: BlockHasher
+
+
+def build_core(
+    parts: EngineParts,
+    settings: EngineSettings,
+    *,
+    max_num_queued: int | None = None,
+    on_started: Callable[[RequestId], None] | None = None,
+) -> EngineCore:
+    """An engine of ``parts``. ``max_num_queued`` overrides the settings' bound."""
+    scheduler = settings.scheduler
+    return EngineCore(
+        parts.runner,
+        parts.kv,
+        parts.facts,
+        parts.hasher,
+        enable_prefix_caching=settings.cache.enable_prefix_caching,
+        enable_chunked_prefill=scheduler.enable_chunked_prefill,
+        policy=scheduler.scheduling_policy,
+        max_num_queued=scheduler.max_num_queued_reqs if max_num_queued is None else max_num_queued,
+        on_started=on_started,
+    )
 
 
 class _Phases:
@@ -221,8 +244,6 @@ def _name_model(
     name = settings.model.model
     assert name is not None, "a model was located"
     layout = facts.layout
-    secret = settings.cache.prefix_hash_key.encode()
-    key = hashlib.blake2b(secret).digest() if secret else b""
     card = ModelCard(
         model=name,
         served_names=settings.model.served_model_name or (name,),
@@ -235,4 +256,4 @@ def _name_model(
         hash_namespace=layout.fingerprint(),
         files=checkpoint.card_files(folder, tokenizer_folder),
     )
-    return card, BlockHasher(card.hash_namespace, layout.block_size, key)
+    return card, BlockHasher(card.hash_namespace, layout.block_size, hash_key(settings.cache.prefix_hash_key))

@@ -18,7 +18,7 @@ from engine.facts import EngineFacts
 from engine.outcome import KvLike, Outcome
 from engine.output import StepOutput
 from engine.population import Population
-from engine.prefix_cache import CacheEvent, PrefixCache
+from engine.prefix_cache import PrefixCache
 from engine.rules import FinishRules, check_request, check_room
 from engine.scheduler import Schedule, Scheduler, SchedulerLimits
 from engine.sequence import Reservation, Running, Track, num_blocks_for
@@ -27,6 +27,7 @@ from proto.control import Load
 from proto.errors import LocalProtocolError, Overloaded, RemoteProtocolError
 from proto.hashing import BlockHasher
 from proto.ids import BlockHash, BlockId, RequestId
+from proto.inventory import CacheChange
 from proto.request import Request
 
 
@@ -336,7 +337,7 @@ class EngineCore:
             num_blocks=self._cache.num_blocks,
         )
 
-    def take_cache_events(self) -> list[CacheEvent]:
+    def take_cache_events(self) -> list[CacheChange]:
         """What changed in the inventory since the last call, to be applied in order."""
         return self._cache.take_events()
 

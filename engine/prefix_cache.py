@@ -10,33 +10,11 @@ Knows hashes and blocks; knows nothing of requests.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from engine.block_pool import BlockPool
 from proto.errors import LocalProtocolError
 from proto.ids import BlockHash, BlockId
-
-
-@dataclass(frozen=True, slots=True)
-class Stored:
-    """These blocks can be matched from now on."""
-
-    hashes: tuple[BlockHash, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Evicted:
-    """These blocks can no longer be matched."""
-
-    hashes: tuple[BlockHash, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Cleared:
-    """Nothing that was stored before can be matched."""
-
-
-CacheEvent = Stored | Evicted | Cleared
+from proto.inventory import CacheChange, Cleared, Evicted, Stored
 
 
 class PrefixCache:
@@ -134,9 +112,9 @@ class PrefixCache:
         """Everything that can be matched now, oldest insertion first."""
         return list(self._block_of)
 
-    def take_events(self) -> list[CacheEvent]:
+    def take_events(self) -> list[CacheChange]:
         """The net change since the last call, to be applied in order."""
-        events: list[CacheEvent] = []
+        events: list[CacheChange] = []
         if self._was_cleared:
             events.append(Cleared())
         if self._gone:

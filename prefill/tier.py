@@ -20,8 +20,8 @@ from kvtransfer.fences import FenceTable
 from kvtransfer.intake import PEER_LOST
 from prefill.handoff import Dispatcher
 from prefill.job import Job
-from proto.control import Abort, Failed, FromRouter, Prefill, Progress, Redirect, Rejected, RejectReason, Renew
-from proto.errors import Overloaded, StaleMessage, TandemError
+from proto.control import Abort, FromRouter, Prefill, Redirect, RejectReason, Renew
+from proto.errors import StaleMessage
 from proto.handoff import Fence, RefuseReason, SealedChoice
 from proto.ids import Epoch, Generation, RequestId
 from proto.lifecycle import Stage
@@ -29,6 +29,7 @@ from proto.request import TokenOut
 from service.metrics import WorkerMetrics
 from worker.host import EngineHost, StepNews
 from worker.leases import Leases
+from worker.news import News
 from worker.routers import RouterStreams
 from worker.tasks import Tasks
 
@@ -60,6 +61,7 @@ class PrefillTier:
         self._fences = fences
         self._epoch = epoch
         self._metrics = metrics
+        self._news = News(routers, metrics)
         self._max_held = max_held
         self._jobs: dict[RequestId, Job] = {}
         self._by_key: dict[RequestId, Job] = {}
@@ -100,13 +102,13 @@ class PrefillTier:
     def _prefill(self, message: Prefill) -> None:
         request, generation = message.request, message.generation
         if self.is_draining:
-            self._reject(request.id, generation, RejectReason.DRAINING, "the prefill worker is draining")
+            self._news.reject(request.id, generation, RejectReason.DRAINING, "the prefill worker is draining")
             return
         job = Job.of(message)
         try:
             self._open_fence(job)
         except StaleMessage as stale:
-            self._reject(request.id, generation, RejectReason.STALE, stale.message)
+            self._news.reject(request.id, generation, RejectReason.STALE, stale.message)
             return
         self._jobs[request.id] = self._by_key[job.key] = job
         self._idle.clear()
@@ -115,25 +117,18 @@ class PrefillTier:
         admitted = self._host.post(lambda core: core.add(engine_request, hold=True))
         self._tasks.spawn(self._admit(job, admitted))
 
-    async def _admit(self, job: Job, admitted: asyncio.Future[None]) -> None:
-        try:
-            await admitted
-        except Overloaded as full:
-            self._reject(job.request.id, job.generation, RejectReason.FULL, full.message, full.retry_after_s)
-            self._drop(job, full.message)
-        except TandemError as error:
-            failed = Failed(job.request.id, job.generation, error.status, error.kind, error.message, error.param)
-            self._routers.send(job.request.id, failed)
+    async def _admit(self, job: Job, answer: asyncio.Future[None]) -> None:
+        if error := await self._news.was_admitted(job.request.id, job.generation, answer):
             self._drop(job, error.message)
 
     def _redirect(self, message: Redirect) -> None:
         job = self._jobs.get(message.request)
         if job is None:
             text = "the prompt's blocks are not held here any more"
-            self._reject(message.request, message.generation, RejectReason.UNKNOWN, text)
+            self._news.reject(message.request, message.generation, RejectReason.UNKNOWN, text)
             return
         if message.generation <= job.generation:
-            self._reject(message.request, message.generation, RejectReason.STALE, f"already at {job.generation}")
+            self._news.reject(message.request, message.generation, RejectReason.STALE, f"already at {job.generation}")
             return
         job.generation, job.decode, job.is_held = message.generation, message.decode, False
         self._open_fence(job)
@@ -161,7 +156,7 @@ class PrefillTier:
         if (job := self._by_key.get(request)) is None:
             return
         self._progress(job, Stage.PREFILLING)
-        job.session = self._dispatcher.session(job, _News(self, job))
+        job.session = self._dispatcher.session(job, _JobEvents(self, job))
         self._tasks.spawn(job.session.run())
 
     def stepped(self, news: StepNews) -> None:
@@ -216,13 +211,13 @@ class PrefillTier:
             return
         job.is_held = True
         retry_after_s = job.session.retry_after_s if job.session else None
-        self._reject(job.request.id, job.generation, reason, message, retry_after_s, held=True)
+        self._news.reject(job.request.id, job.generation, reason, message, retry_after_s, held=True)
         held = [each for each in self._jobs.values() if each.is_held and each.is_computed]
         self._metrics.set_held(len(held))
         if len(held) > self._max_held:
             newest = held[-1]
             text = f"more than {self._max_held} computed prompts wait for a decode worker"
-            self._reject(newest.request.id, newest.generation, RejectReason.FULL, text)
+            self._news.reject(newest.request.id, newest.generation, RejectReason.FULL, text)
             self._drop(newest, text)
 
     def adopted(self, job: Job, num_bytes: int, duration_s: float) -> None:
@@ -260,29 +255,13 @@ class PrefillTier:
     # Helpers.
 
     def _progress(self, job: Job, stage: Stage, *, num_cached: int = 0) -> None:
-        left = job.clock.stage
-        spent = job.clock.enter(stage)
-        self._metrics.stage_left(left, spent)
-        news = Progress(job.request.id, job.generation, stage, num_cached=num_cached, duration_s=spent)
-        self._routers.send(job.request.id, news)
-
-    def _reject(
-        self,
-        request: RequestId,
-        generation: Generation,
-        reason: RejectReason,
-        message: str,
-        retry_after_s: float | None = None,
-        *,
-        held: bool = False,
-    ) -> None:
-        self._routers.send(request, Rejected(request, generation, reason, message, retry_after_s, held))
+        self._news.progress(job.request.id, job.generation, job.clock, stage, num_cached=num_cached)
 
     def _now(self) -> float:
         return asyncio.get_running_loop().time()
 
 
-class _News:
+class _JobEvents:
     """What one job's session tells the tier (``SendEvents``)."""
 
     def __init__(self, tier: PrefillTier, job: Job) -> None:

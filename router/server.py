@@ -13,12 +13,13 @@ from collections import defaultdict
 from pathlib import Path
 
 from kvtransfer.ledger.handoffs import HandoffWriter
-from kvtransfer.ledger.records import Cleared, Evicted, InventoryChange, Snapshot, Stored, WorkerRecord
+from kvtransfer.ledger.records import InventoryChange, Snapshot, WorkerRecord
 from kvtransfer.ledger.redis import RedisLedger
 from kvtransfer.ledger.watcher import LedgerWatcher
 from proto.control import Load, Role
 from proto.errors import NoWorker, Overloaded
 from proto.ids import Epoch, new_epoch
+from proto.inventory import Cleared, Evicted, Stored
 from proto.settings import CacheSettings, LedgerSettings, LogSettings, ModelSettings, RouterSettings
 from router.admission import Admission
 from router.app import build_app

@@ -16,12 +16,10 @@ from dataclasses import replace
 from types import TracebackType
 from typing import TypedDict, cast
 
-from engine.build import EngineParts, load_engine_parts
-from engine.core import EngineCore
+from engine.build import EngineParts, build_core, load_engine_parts
 from proto.errors import InvalidRequest
 from proto.ids import RequestId
 from proto.request import Request, SamplingParams, TokenOut
-from proto.settings import EngineSettings
 from router.contract import NewRequest
 from router.openai.generation import Choice, Delta
 from router.tokenizer import ServedModel
@@ -60,7 +58,8 @@ class LLM:
         self._seeds = random.Random(engine.model.seed)
         self._ids = itertools.count()
         self._parts: EngineParts | None = load_engine_parts(engine)
-        self._core = _core_of(self._parts, engine)
+        # There is nobody to send away: the caller waits for all of them.
+        self._core = build_core(self._parts, engine, max_num_queued=sys.maxsize)
         self._model = ServedModel.from_card(
             self._parts.card,
             generation_config=engine.model.generation_config,
@@ -249,19 +248,6 @@ class _Job:
 
     def _logprob(self, token: int, logprob: float, rank: int) -> Logprob:
         return Logprob(logprob, rank, self._model.token_text(token))
-
-
-def _core_of(parts: EngineParts, settings: EngineSettings) -> EngineCore:
-    return EngineCore(
-        parts.runner,
-        parts.kv,
-        parts.facts,
-        parts.hasher,
-        enable_prefix_caching=settings.cache.enable_prefix_caching,
-        enable_chunked_prefill=settings.scheduler.enable_chunked_prefill,
-        policy=settings.scheduler.scheduling_policy,
-        max_num_queued=sys.maxsize,  # there is nobody to send away: the caller waits for all of them
-    )
 
 
 def _as_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:

@@ -15,15 +15,14 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
-from engine.build import EngineParts, load_engine_parts
+from engine.build import EngineParts, build_core, load_engine_parts
 from engine.core import EngineCore
 from engine.loop import EngineLoop, StepHeartbeat
 from engine.output import StepOutput
-from engine.prefix_cache import CacheEvent
 from engine.stats import EngineStats
 from proto.control import Load
 from proto.ids import RequestId
-from proto.request import Request, SamplingParams
+from proto.inventory import CacheChange
 from proto.settings import EngineSettings
 
 log = logging.getLogger(__name__)
@@ -50,7 +49,7 @@ class EngineEvents(Protocol):
     def load_changed(self, load: Load) -> None:
         """A call changed it, between two steps."""
 
-    def cache_changed(self, events: list[CacheEvent]) -> None: ...
+    def cache_changed(self, events: list[CacheChange]) -> None: ...
 
     def crashed(self, error: BaseException) -> None:
         """The engine thread is gone, and every request with it."""
@@ -75,26 +74,9 @@ class EngineHost:
         """Loads weights, sizes the KV memory, warms up and starts stepping. Raises SetupError."""
         self._asyncio = asyncio.get_running_loop()
         self._parts = await asyncio.to_thread(load_engine_parts, self._settings, on_phase)
-        core = self._build_core(self._parts)
-        if not self._settings.model.skip_warmup:
-            on_phase("warming up", 0.0)
-            await asyncio.to_thread(_warm_up, core)
+        core = build_core(self._parts, self._settings, on_started=self._on_started)
         self._loop = EngineLoop(core, on_step=lambda output: self._on_step(core, output), on_crash=self._on_crash)
         self._loop.start()
-
-    def _build_core(self, parts: EngineParts) -> EngineCore:
-        scheduler = self._settings.scheduler
-        return EngineCore(
-            parts.runner,
-            parts.kv,
-            parts.facts,
-            parts.hasher,
-            enable_prefix_caching=self._settings.cache.enable_prefix_caching,
-            enable_chunked_prefill=scheduler.enable_chunked_prefill,
-            policy=scheduler.scheduling_policy,
-            max_num_queued=scheduler.max_num_queued_reqs,
-            on_started=self._on_started,
-        )
 
     def post(self, fn: Callable[[EngineCore], T]) -> asyncio.Future[T]:
         """Runs ``fn`` on the engine thread between two steps, in the order of the calls.
@@ -161,14 +143,6 @@ class EngineHost:
             self._asyncio.call_soon_threadsafe(callback)
         except RuntimeError:  # the event loop is closed: the process is ending
             log.debug("engine news after the event loop closed")
-
-
-def _warm_up(core: EngineCore) -> None:
-    """A prompt and a decode step, short enough to leave nothing in the prefix cache."""
-    params = SamplingParams(temperature=0.0, max_tokens=2, ignore_eos=True, seed=0)
-    core.add(Request(id=RequestId("warm-up"), prompt=(0, 0, 0, 0), params=params))
-    while core.has_work():
-        core.step()
 
 
 def _log_fault(future: Future[None]) -> None:

@@ -19,7 +19,6 @@ from typing import Protocol
 
 import grpc
 
-from engine.prefix_cache import CacheEvent, Evicted, Stored
 from kvtransfer.ledger import records
 from kvtransfer.ledger.publisher import WorkerPublisher
 from kvtransfer.ledger.redis import RedisLedger
@@ -27,6 +26,7 @@ from proto.control import FromRouter, Load, LoadReport, ModelCard, Role, Welcome
 from proto.errors import NoWorker, RemoteProtocolError, SettingsError
 from proto.health import HealthReport
 from proto.ids import BlockHash, Epoch, RequestId, WorkerId, new_epoch
+from proto.inventory import CacheChange
 from proto.layout import WIRE_VERSION
 from proto.settings import EngineSettings, LedgerSettings, WorkerSettings
 from service.health import Health
@@ -248,9 +248,9 @@ class WorkerService:
         self._metrics.set_load(load)
         self._report_load()
 
-    def cache_changed(self, events: list[CacheEvent]) -> None:
+    def cache_changed(self, changes: list[CacheChange]) -> None:
         if self._publisher is not None:
-            self._publisher.publish(_as_change(event) for event in events)
+            self._publisher.publish(changes)
 
     def crashed(self, error: BaseException) -> None:
         self._health.failed(f"the engine failed: {error}")
@@ -268,16 +268,6 @@ class WorkerService:
 
     async def _snapshot(self) -> Sequence[BlockHash]:
         return await self._host.call(lambda core: core.cached_hashes())
-
-
-def _as_change(event: CacheEvent) -> records.CacheChange:
-    match event:
-        case Stored(hashes):
-            return records.Stored(hashes)
-        case Evicted(hashes):
-            return records.Evicted(hashes)
-        case _:
-            return records.Cleared()
 
 
 def advertised(settings: WorkerSettings, port: int) -> str:

@@ -15,17 +15,9 @@ from typing import Any
 from redis.asyncio import Redis
 
 from kvtransfer.ledger.keys import Keys
-from kvtransfer.ledger.records import (
-    Cleared,
-    Evicted,
-    InventoryEvent,
-    Replaced,
-    Stored,
-    decode_event,
-    decode_handoff,
-    decode_worker,
-)
+from kvtransfer.ledger.records import InventoryEvent, Replaced, decode_event, decode_handoff, decode_worker
 from proto.ids import BlockHash, Epoch
+from proto.inventory import Cleared, Evicted, Stored
 
 
 class LedgerInconsistent(Exception):

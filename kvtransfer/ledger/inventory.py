@@ -9,11 +9,12 @@ import asyncio
 import collections
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 
-from kvtransfer.ledger.records import CacheChange, Cleared, merged
+from kvtransfer.ledger.records import merged
 from kvtransfer.ledger.redis import MOST_HASHES_PER_EVENT, RedisLedger
 from kvtransfer.ledger.replies import NotRegistered, OutOfStep
 from kvtransfer.ledger.retry import keep_doing
 from proto.ids import BlockHash, Epoch, WorkerId
+from proto.inventory import CacheChange, Cleared
 
 _BATCH = 64
 _MOST_WAITING_HASHES = 65_536

@@ -14,10 +14,11 @@ from dataclasses import dataclass, replace
 
 from kvtransfer.ledger.handoffs import HandoffWriter
 from kvtransfer.ledger.inventory import InventoryWriter, Snapshooter
-from kvtransfer.ledger.records import CacheChange, HandoffRecord, LedgerAway, WorkerRecord
+from kvtransfer.ledger.records import HandoffRecord, LedgerAway, WorkerRecord
 from kvtransfer.ledger.redis import RedisLedger
 from kvtransfer.ledger.retry import keep_doing
 from proto.control import Load
+from proto.inventory import CacheChange
 
 log = logging.getLogger(__name__)
 

@@ -17,6 +17,7 @@ from proto.control import Load, Peer, Role
 from proto.errors import RemoteProtocolError
 from proto.hashing import HASH_BYTES
 from proto.ids import BlockHash, Epoch, Generation, RequestId, WorkerId
+from proto.inventory import CacheChange, Cleared, Evicted, Stored
 from proto.lifecycle import Stage
 
 DEVICE = "device"
@@ -84,25 +85,6 @@ def stage_rank(stage: Stage) -> int:
 
 
 @dataclass(frozen=True, slots=True)
-class Stored:
-    """These blocks are now in the worker's prefix cache."""
-
-    hashes: tuple[BlockHash, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Evicted:
-    """These blocks are gone from it."""
-
-    hashes: tuple[BlockHash, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Cleared:
-    """All blocks are gone from it."""
-
-
-@dataclass(frozen=True, slots=True)
 class Replaced:
     """The whole inventory was written anew; who follows the stream reads a Snapshot."""
 
@@ -114,9 +96,6 @@ class Snapshot:
     hashes: frozenset[BlockHash]
     sequence: int
 
-
-CacheChange = Stored | Evicted | Cleared
-"""What a worker reports."""
 
 InventoryChange = Stored | Evicted | Cleared | Snapshot
 """What a router is told."""

@@ -23,7 +23,6 @@ from redis.exceptions import AuthenticationError, NoScriptError, RedisError
 from kvtransfer.ledger.keys import Keys
 from kvtransfer.ledger.records import (
     DEVICE,
-    CacheChange,
     HandoffRecord,
     LedgerAway,
     LedgerEvent,
@@ -41,6 +40,7 @@ from kvtransfer.ledger.scripts import Script, Scripts
 from proto.errors import RemoteProtocolError, SettingsError
 from proto.hashing import HASH_BYTES
 from proto.ids import BlockHash, Epoch, RequestId, WorkerId
+from proto.inventory import CacheChange
 from proto.settings import LedgerSettings
 
 log = logging.getLogger(__name__)

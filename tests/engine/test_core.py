@@ -10,10 +10,10 @@ import pytest
 from engine.core import EngineCore
 from engine.facts import EngineFacts
 from engine.output import Filled, StepOutput
-from engine.prefix_cache import Evicted, Stored
 from proto.errors import InvalidRequest, LocalProtocolError, Overloaded, RemoteProtocolError
 from proto.hashing import BlockHasher
 from proto.ids import RequestId
+from proto.inventory import Evicted, Stored
 from proto.request import FinishReason, Request, TokenOut
 from tests.support.paged_engine import (
     EOS,

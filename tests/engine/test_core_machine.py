@@ -15,11 +15,11 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from engine.core import EngineCore
 from engine.output import StepOutput
-from engine.prefix_cache import Cleared, Evicted, Stored
 from engine.sequence import Reservation
 from proto.errors import InvalidRequest
 from proto.hashing import BlockHasher
 from proto.ids import BlockHash, BlockId, RequestId
+from proto.inventory import Cleared, Evicted, Stored
 from proto.request import Request, TokenOut
 from tests.support.paged_engine import VOCAB, ZERO, FakeMemory, FakeRunner, make_facts, make_request, oracle
 

@@ -8,10 +8,11 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from engine.block_pool import BlockPool
-from engine.prefix_cache import Cleared, Evicted, PrefixCache, Stored
+from engine.prefix_cache import PrefixCache
 from proto.errors import LocalProtocolError
 from proto.hashing import BlockHasher
 from proto.ids import BlockHash, BlockId
+from proto.inventory import Cleared, Evicted, Stored
 
 
 def chain(length: int, start: int = 0) -> list[BlockHash]:

@@ -6,20 +6,12 @@ import asyncio
 from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager
 
-from kvtransfer.ledger.records import (
-    CacheChange,
-    Cleared,
-    Evicted,
-    HandoffRecord,
-    InventoryChange,
-    Snapshot,
-    Stored,
-    WorkerRecord,
-)
+from kvtransfer.ledger.records import HandoffRecord, InventoryChange, Snapshot, WorkerRecord
 from kvtransfer.ledger.redis import RedisLedger
 from kvtransfer.ledger.watcher import LedgerWatcher
 from proto.control import Load, Role
 from proto.ids import BlockHash, Epoch, Generation, RequestId, WorkerId
+from proto.inventory import CacheChange, Cleared, Evicted, Stored
 from proto.lifecycle import Stage
 
 

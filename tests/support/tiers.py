@@ -10,7 +10,6 @@ from typing import TypeVar
 
 from decode.server import HandoffServer
 from decode.tier import DecodeTier
-from engine.prefix_cache import CacheEvent
 from kvtransfer.fences import FenceTable
 from kvtransfer.transport import Link
 from kvtransfer.transports import MEMORY
@@ -20,6 +19,7 @@ from prefill.handoff import Dispatcher
 from prefill.tier import PrefillTier
 from proto.control import FromRouter, FromWorker, Load, Peer, Progress, Role, Tokens
 from proto.ids import Epoch, Generation, RequestId, WorkerId
+from proto.inventory import CacheChange
 from proto.lifecycle import Stage
 from proto.request import Request, SamplingParams, TokenOut
 from proto.settings import CacheSettings, EngineSettings, ModelSettings, SchedulerSettings
@@ -86,7 +86,7 @@ class Side:
     def load_changed(self, load: Load) -> None:
         """Nobody asks."""
 
-    def cache_changed(self, events: list[CacheEvent]) -> None:
+    def cache_changed(self, events: list[CacheChange]) -> None:
         """There is no ledger."""
 
     def crashed(self, error: BaseException) -> None:

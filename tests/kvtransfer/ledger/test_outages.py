@@ -12,10 +12,11 @@ import pytest
 
 from kvtransfer.ledger.audit import LedgerAudit
 from kvtransfer.ledger.publisher import WorkerPublisher
-from kvtransfer.ledger.records import Evicted, LedgerAway, Stored
+from kvtransfer.ledger.records import LedgerAway
 from kvtransfer.ledger.redis import RedisLedger
 from proto.control import Load
 from proto.ids import Epoch, WorkerId
+from proto.inventory import Evicted, Stored
 from proto.lifecycle import Stage
 from tandem.local_redis import LocalRedis
 from tests.support.ledger import FakeCache, block, blocks, handoff, until, watching, worker_record

@@ -15,10 +15,11 @@ from redis.asyncio import Redis
 from kvtransfer.ledger.audit import LedgerAudit
 from kvtransfer.ledger.inventory import InventoryWriter
 from kvtransfer.ledger.publisher import WorkerPublisher
-from kvtransfer.ledger.records import Cleared, Evicted, Stored, WorkerRecord
+from kvtransfer.ledger.records import WorkerRecord
 from kvtransfer.ledger.redis import RedisLedger
 from proto.control import Load
 from proto.ids import BlockHash, Epoch, WorkerId
+from proto.inventory import Cleared, Evicted, Stored
 from proto.lifecycle import Stage
 from tandem.local_redis import LocalRedis
 from tests.support.ledger import FakeCache, block, blocks, handoff, until, watching, worker_record

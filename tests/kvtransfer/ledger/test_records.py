@@ -13,14 +13,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvtransfer.ledger.records import (
-    Cleared,
-    Evicted,
     HandoffRecord,
     InventoryEvent,
     Joined,
     Left,
     Replaced,
-    Stored,
     WorkerRecord,
     decode_event,
     decode_handoff,
@@ -34,6 +31,7 @@ from kvtransfer.ledger.records import (
 from proto.control import Load, Role
 from proto.errors import RemoteProtocolError
 from proto.ids import BlockHash, Epoch, Generation, RequestId, WorkerId
+from proto.inventory import Cleared, Evicted, Stored
 from proto.lifecycle import Stage
 from tests.support.ledger import Inventory, blocks, handoff, worker_record
 

@@ -9,21 +9,12 @@ import pytest_asyncio
 from redis.asyncio import Redis
 
 from kvtransfer.ledger.audit import LedgerAudit, LedgerInconsistent
-from kvtransfer.ledger.records import (
-    Cleared,
-    Evicted,
-    InventoryEvent,
-    Joined,
-    LedgerAway,
-    Left,
-    Replaced,
-    Snapshot,
-    Stored,
-)
+from kvtransfer.ledger.records import InventoryEvent, Joined, LedgerAway, Left, Replaced, Snapshot
 from kvtransfer.ledger.redis import MOST_HASHES_PER_EVENT, RedisLedger
 from kvtransfer.ledger.replies import NotRegistered, OutOfStep
 from proto.errors import SettingsError
 from proto.ids import Epoch, WorkerId
+from proto.inventory import Cleared, Evicted, Stored
 from proto.lifecycle import Stage
 from proto.settings import LedgerSettings
 from tandem.local_redis import LocalRedis

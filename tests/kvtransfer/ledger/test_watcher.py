@@ -9,11 +9,12 @@ import pytest
 import pytest_asyncio
 from redis.asyncio import Redis
 
-from kvtransfer.ledger.records import Cleared, Evicted, InventoryChange, Snapshot, Stored
+from kvtransfer.ledger.records import InventoryChange, Snapshot
 from kvtransfer.ledger.redis import RedisLedger
 from kvtransfer.ledger.watcher import LedgerWatcher
 from proto.control import Role
 from proto.ids import Epoch, WorkerId
+from proto.inventory import Cleared, Evicted, Stored
 from tandem.local_redis import LocalRedis
 from tests.support.ledger import Believer, block, blocks, until, watching, worker_record
 

@@ -1,0 +1,63 @@
+"""What a tier says of a request to its router, in words both tiers share."""
+
+from __future__ import annotations
+
+import asyncio
+
+from proto.control import Failed, Progress, Rejected, RejectReason
+from proto.errors import Overloaded, TandemError
+from proto.ids import Generation, RequestId
+from proto.lifecycle import Stage
+from service.metrics import WorkerMetrics
+from worker.routers import RouterStreams
+from worker.stages import StageClock
+
+
+class News:
+    def __init__(self, routers: RouterStreams, metrics: WorkerMetrics) -> None:
+        self._routers = routers
+        self._metrics = metrics
+
+    def progress(
+        self,
+        request: RequestId,
+        generation: Generation,
+        clock: StageClock,
+        stage: Stage,
+        *,
+        num_cached: int = 0,
+        num_bytes: int = 0,
+        duration_s: float | None = None,
+    ) -> None:
+        """The request enters ``stage``. ``duration_s``: what the stage it leaves took, if not what the clock says."""
+        left, spent = clock.stage, clock.enter(stage)
+        self._metrics.stage_left(left, spent)
+        told = spent if duration_s is None else duration_s
+        self._routers.send(request, Progress(request, generation, stage, num_cached, num_bytes, told))
+
+    def reject(
+        self,
+        request: RequestId,
+        generation: Generation,
+        reason: RejectReason,
+        message: str,
+        retry_after_s: float | None = None,
+        *,
+        held: bool = False,
+    ) -> None:
+        self._routers.send(request, Rejected(request, generation, reason, message, retry_after_s, held))
+
+    async def was_admitted(
+        self, request: RequestId, generation: Generation, answer: asyncio.Future[None]
+    ) -> TandemError | None:
+        """Waits for the engine's answer; tells the router, and returns, why it took the request not."""
+        try:
+            await answer
+        except Overloaded as full:
+            self.reject(request, generation, RejectReason.FULL, full.message, full.retry_after_s)
+            return full
+        except TandemError as error:
+            failed = Failed(request, generation, error.status, error.kind, error.message, error.param)
+            self._routers.send(request, failed)
+            return error
+        return None
