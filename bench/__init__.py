@@ -1,1 +1,4 @@
-"""Measures a running stack and judges its answers."""
+"""Measures any server that speaks OpenAI's API, Tandem or another, and compares two results.
+
+Knows HTTP, streams and statistics; knows nothing of how Tandem works inside.
+"""

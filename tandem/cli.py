@@ -172,6 +172,12 @@ def _complete(argv: Sequence[str]) -> int:
     return chat.main("complete", argv)
 
 
+def _bench(argv: Sequence[str]) -> int:
+    from bench import command
+
+    return command.main(argv)
+
+
 def _demo(argv: Sequence[str]) -> int:
     from tandem import demo
 
@@ -191,6 +197,7 @@ COMMANDS = (
     Command("decode", "one worker that generates", _decode),
     Command("chat", "talk to a running server", _chat),
     Command("complete", "let a running server continue a text", _complete),
+    Command("bench", "measure a running server, or compare two results", _bench),
     Command("demo", "start everything, ask one question, show where the time went", _demo),
     Command("version", "print the version", _version),
 )

@@ -1,0 +1,48 @@
+"""``tandem bench``: its subcommands, and what they print. Each imports what it needs when it runs."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Mapping, Sequence
+
+from bench.options import read_compare, read_serve
+from proto.errors import SettingsError
+
+_USAGE = """\
+usage: tandem bench COMMAND [...]
+
+  serve     measure a running server: latency and throughput under a load
+  compare   print two saved results and their ratios
+
+`tandem bench COMMAND --help` shows a command's flags."""
+
+
+def main(argv: Sequence[str], environ: Mapping[str, str] = os.environ) -> int:
+    """Runs one subcommand and returns the exit status. Raises TandemError."""
+    if not argv or argv[0] in ("-h", "--help"):
+        print(_USAGE)
+        return 0 if argv else 2
+    match argv[0]:
+        case "serve":
+            return _serve(argv[1:], environ)
+        case "compare":
+            return _compare(argv[1:])
+    raise SettingsError(f"Unknown command {argv[0]!r}: `tandem bench` has serve and compare.")
+
+
+def _serve(argv: Sequence[str], environ: Mapping[str, str]) -> int:
+    settings = read_serve(argv, environ)
+    import asyncio
+
+    from bench.serve import serve
+
+    return asyncio.run(serve(settings, print, lambda text: print(text, file=sys.stderr)))
+
+
+def _compare(argv: Sequence[str]) -> int:
+    first, second = read_compare(argv)
+    from bench.compare import compare, read_result
+
+    print(compare(read_result(first), read_result(second)))
+    return 0
