@@ -57,6 +57,8 @@ class WorkerStream:
                 await self._duplex.flush()
                 if not self._duplex.is_ended:
                     await self._call.done_writing()
+                    # Cancelling now would overtake what is on its way; the worker ends the stream once it has read all.
+                    await self._duplex.wait_ended()
         except (TimeoutError, grpc.aio.AioRpcError, asyncio.InvalidStateError):
             pass  # the worker is gone or does not listen, so there is no one to be polite to
         await self._duplex.aclose("closed by the router")
