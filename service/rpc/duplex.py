@@ -103,6 +103,10 @@ class Duplex(Generic[In, Out]):
         """Waits until all that was sent is with the transport, or the stream has ended."""
         await self._flushed.wait()
 
+    async def wait_ended(self) -> None:
+        """Waits for the end, whoever makes it."""
+        await self._ended.wait()
+
     def end(self, reason: str) -> None:
         """Stops both directions; what was not yet written is lost. The first reason stays."""
         if self.is_ended:
