@@ -118,48 +118,66 @@ static void *scratch(int which, size_t size) {
     return held[which].memory;
 }
 
+/* Rows of x in the order of its tiles, this thread's share of them or, for a thread of its own, all. */
+static void pack_tiles(const uint16_t *x, uint8_t *tiles, int64_t first, int64_t rows, int64_t m, int64_t k, int is_own) {
+    int64_t size = k / DEPTH * TILE_BYTES;
+    if (is_own) {
+        for (int64_t t = 0; t < rows; t++)
+            pack_rows(x, tiles + t * size, first + t * TILE, m, k);
+        return;
+    }
+#pragma omp for schedule(static)
+    for (int64_t t = 0; t < rows; t++)
+        pack_rows(x, tiles + t * size, first + t * TILE, m, k);
+}
+
 /* x [m, k], packed as above, bias [n] or null, y [m, n]. Returns 0, or -1 without memory. */
 int linear(const uint16_t *x, const uint16_t *packed, const uint16_t *bias, uint16_t *y, int64_t m, int64_t n, int64_t k,
            int threads) {
-    int64_t steps = k / DEPTH, pairs = (n + 2 * TILE - 1) / (2 * TILE);
+    int64_t steps = k / DEPTH, pairs = (n + 2 * TILE - 1) / (2 * TILE), turn = pairs / (8 * threads) + 1;
     int64_t most_rows = m < ROW_BLOCK ? (m + TILE - 1) / TILE : ROW_BLOCK / TILE;
-    int64_t row_pairs = (most_rows + 1) / 2;
-    int is_split = steps > STEP_BLOCK && most_rows > 2;
-    uint8_t *tiles = scratch(0, most_rows * steps * TILE_BYTES);
-    float *partial = is_split ? scratch(1, pairs * row_pairs * 4 * TILE_BYTES) : NULL;
-    if (!tiles || (is_split && !partial))
+    int64_t row_pairs = (most_rows + 1) / 2, block = steps;
+    int is_own = most_rows <= 2, failed = 0; /* few rows: packing them in every thread is cheaper than waiting for others */
+    uint8_t *shared = is_own ? NULL : scratch(0, most_rows * steps * TILE_BYTES);
+    float *partial = NULL;
+    if (steps > STEP_BLOCK && !is_own) {
+        block = STEP_BLOCK;
+        partial = scratch(1, pairs * row_pairs * 4 * TILE_BYTES);
+    }
+    if ((!is_own && !shared) || (block < steps && !partial))
         return -1;
 #pragma omp parallel num_threads(threads)
     {
         TileConfig before;
-        float local[1024] __attribute__((aligned(64)));
+        float local[4 * TILE_FLOATS] __attribute__((aligned(64)));
+        uint8_t *tiles = is_own ? scratch(0, most_rows * steps * TILE_BYTES) : shared;
+        if (!tiles)
+            failed = 1;
         tiles_begin(&before);
         for (int64_t first = 0; first < m; first += ROW_BLOCK) {
             int64_t rows = m - first < ROW_BLOCK ? (m - first + TILE - 1) / TILE : ROW_BLOCK / TILE;
-#pragma omp for schedule(static)
-            for (int64_t t = 0; t < rows; t++)
-                pack_rows(x, tiles + t * steps * TILE_BYTES, first + t * TILE, m, k);
-            int64_t block = is_split ? STEP_BLOCK : steps;
+            if (tiles)
+                pack_tiles(x, tiles, first, rows, m, k, is_own);
             for (int64_t s = 0; s < steps; s += block) {
                 int64_t count = steps - s < block ? steps - s : block;
                 int is_last = s + count == steps;
-#pragma omp for schedule(static)
+#pragma omp for schedule(dynamic, turn)
                 for (int64_t p = 0; p < pairs; p++) {
                     const uint8_t *w = (const uint8_t *)packed + (2 * p * steps + s) * TILE_BYTES;
-                    for (int64_t t = 0; t < rows; t += 2) {
+                    for (int64_t t = 0; t < rows && tiles; t += 2) {
                         const uint8_t *x0 = tiles + (t * steps + s) * TILE_BYTES;
                         const uint8_t *x1 = t + 1 < rows ? x0 + steps * TILE_BYTES : NULL;
-                        float *sums = is_split ? partial + (p * row_pairs + t / 2) * 1024 : local;
+                        float *sums = partial ? partial + (p * row_pairs + t / 2) * 4 * TILE_FLOATS : local;
                         multiply(x0, x1, w, w + steps * TILE_BYTES, count, sums, s == 0);
                         if (!is_last)
                             continue;
                         for (int q = 0; q < (x1 ? 4 : 2); q++)
-                            finish(sums + 256 * q, bias, y, first + (t + q / 2) * TILE, (2 * p + q % 2) * TILE, m, n);
+                            finish(sums + TILE_FLOATS * q, bias, y, first + (t + q / 2) * TILE, (2 * p + q % 2) * TILE, m, n);
                     }
                 }
             }
         }
         tiles_end(&before);
     }
-    return 0;
+    return failed ? -1 : 0;
 }
