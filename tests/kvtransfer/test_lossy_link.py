@@ -186,7 +186,8 @@ class World:
         receiver.receive(message, self.now)
         if before[2] is not None and message.fence != before[2]:
             assert (receiver.state, receiver.arrivals.num_verified, receiver.fence) == before
-        self.hear_d(each)
+        for other in self.tries:
+            self.hear_d(other)  # a newer try ends an older one
 
     def deliver_to_p(self, each: Try, message: HandoffMessage) -> None:
         before = (self.sender.state, self.sender.num_acked)
