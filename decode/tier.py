@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -22,7 +23,10 @@ from engine.rules import FinishRules
 from engine.sequence import Reservation
 from kvtransfer.fences import FenceTable
 from kvtransfer.intake import Refusal
+from kvtransfer.receive_session import ReceiveSession
 from kvtransfer.receiver import CORRUPT
+from kvtransfer.transport import Link
+from kvtransfer.transports import PayloadReader
 from proto.control import Abort, Attach, FromRouter, RejectReason, Renew
 from proto.errors import InvalidRequest, RemoteProtocolError
 from proto.handoff import Fence, Offer, RefuseReason, Seal, SealedChoice
@@ -47,6 +51,7 @@ class DecodeTier:
         host: EngineHost,
         routers: RouterStreams,
         fences: FenceTable,
+        readers: Sequence[PayloadReader],
         *,
         metrics: WorkerMetrics,
         done_lease_s: float,
@@ -54,6 +59,7 @@ class DecodeTier:
         self._host = host
         self._routers = routers
         self._fences = fences
+        self._readers = readers
         self._metrics = metrics
         self._news = News(routers, metrics)
         self._done_lease_s = done_lease_s
@@ -74,6 +80,8 @@ class DecodeTier:
             self._drop(seat, "the decode worker stops")
         self._leases.close()
         await self._tasks.aclose()
+        for reader in self._readers:
+            reader.close()
 
     # What routers say.
 
@@ -183,6 +191,10 @@ class DecodeTier:
             self._drop(seat, error.message)
 
     # What a receive session asks and says.
+
+    async def serve(self, link: Link) -> None:
+        """Takes one hand-off in, from a prefill worker that opened ``link``."""
+        await ReceiveSession(link, self._host.parts.kv, self, self._fences, readers=self._readers).run()
 
     async def reserve(self, offer: Offer) -> Reservation | Refusal:
         """Room for an offered prompt, under the engine's name for this try."""

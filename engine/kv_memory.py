@@ -8,10 +8,12 @@ first written. Knows blocks as numbered regions; knows nothing of who owns them.
 
 from __future__ import annotations
 
+import fcntl
 import mmap
 import os
 import secrets
 import sys
+import threading
 
 import torch
 from torch import Tensor
@@ -44,13 +46,16 @@ class KvMemory:
             self.tensor = torch.zeros(shape, dtype=dtype, device=device)
             # Device copies go through one page-locked block: the driver would stage them itself, slower, otherwise.
             self._staging = torch.empty(shape[1:], dtype=dtype, pin_memory=True)
+            self._staging_lock = threading.Lock()
 
     def _map(self, size: int) -> mmap.mmap:
         """``size`` bytes of zeros and the nonce. Where the system has no memfd, the memory cannot be exported."""
         if sys.platform != "linux":
             return mmap.mmap(-1, size + NONCE_BYTES)
-        fd = os.memfd_create("tandem-kv")
+        fd = os.memfd_create("tandem-kv", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         os.ftruncate(fd, size + NONCE_BYTES)
+        # A reader maps it too: memory that shrank under it would kill it with SIGBUS.
+        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW)
         mapped = mmap.mmap(fd, size + NONCE_BYTES)
         nonce = secrets.token_bytes(NONCE_BYTES)
         mapped[size:] = nonce
@@ -62,8 +67,9 @@ class KvMemory:
         start = self._offset(block)
         if self._bytes is not None:
             return self._bytes[start : start + self.layout.block_bytes].toreadonly()
-        self._staging.copy_(self.tensor[block])
-        return memoryview(bytes(self._staging_bytes())).toreadonly()
+        with self._staging_lock:
+            self._staging.copy_(self.tensor[block])
+            return memoryview(bytes(self._staging_bytes())).toreadonly()
 
     def write(self, block: int, data: bytes | memoryview) -> None:
         """Copies ``data``, ``layout.block_bytes`` long, into the block."""
@@ -72,8 +78,9 @@ class KvMemory:
         if self._bytes is not None:
             self._bytes[start : start + len(data)] = data
             return
-        self._staging_bytes()[:] = data
-        self.tensor[block].copy_(self._staging)
+        with self._staging_lock:
+            self._staging_bytes()[:] = data
+            self.tensor[block].copy_(self._staging)
 
     def copy(self, source: int, destination: int) -> None:
         """Makes ``destination`` equal to ``source``."""

@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
-from decode.server import HandoffServer
 from decode.tier import DecodeTier
 from kvtransfer.fences import FenceTable
 from kvtransfer.transport import Link
@@ -109,7 +108,7 @@ class Pod:
         )
         self.forth: Fault | None = None
         """Meddles with what prefill workers send."""
-        self._servers: dict[str, HandoffServer] = {}
+        self._decode: dict[str, DecodeTier] = {}
         self._tasks: list[asyncio.Task[None]] = []
         self.sides: list[Side] = []
 
@@ -123,8 +122,10 @@ class Pod:
 
     async def decode(self, name: str = "d0") -> Side:
         side, fences, metrics = await self._side(Role.DECODE, name)
-        side.tier = DecodeTier(side.host, side.routers, fences, metrics=metrics, done_lease_s=60.0)
-        self._servers[side.peer.address] = HandoffServer(side.host, side.tier, fences, payload_readers([MEMORY]))
+        side.tier = DecodeTier(
+            side.host, side.routers, fences, payload_readers([MEMORY]), metrics=metrics, done_lease_s=60.0
+        )
+        self._decode[side.peer.address] = side.tier
         return side
 
     async def _side(self, role: Role, name: str) -> tuple[Side, FenceTable, WorkerMetrics]:
@@ -140,7 +141,7 @@ class Pod:
 
     async def connect(self, peer: Peer) -> Link:
         ours, theirs = pair(forth=self.forth)
-        self._tasks.append(asyncio.create_task(self._servers[peer.address].serve(theirs)))
+        self._tasks.append(asyncio.create_task(self._decode[peer.address].serve(theirs)))
         return ours
 
     async def close(self) -> None:
