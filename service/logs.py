@@ -18,7 +18,7 @@ from typing import TextIO
 from proto.settings import LogSettings
 
 _STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName", "color_message"}
-_CHATTY = ("grpc", "asyncio", "urllib3", "httpcore", "httpx", "huggingface_hub", "uvicorn.access")
+_CHATTY = ("grpc", "asyncio", "urllib3", "httpcore", "httpx", "huggingface_hub", "uvicorn.access", "uvicorn.error")
 
 
 def setup(settings: LogSettings, *, stream: TextIO | None = None) -> None:

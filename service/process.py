@@ -4,7 +4,7 @@
       │        │   SIGTERM,    │
       │        │   SIGINT, or  ├── longer than the drain timeout: given up, 1
       │        │   run ends    └── a second signal: the process is killed by it, at once
-      │        └── run raises: logged, stopped, 1
+      │        └── run raises: logged, stopped, 1 (SetupError: one line, 2)
       └── SetupError: one line on stderr, 2;  another error: its traceback, 1
 
 Knows signals and exit codes; knows nothing of what it runs.
@@ -84,6 +84,9 @@ async def _run(service: Service, drain_timeout: float) -> int:
 async def _run_until(signalled: asyncio.Event, service: Service) -> int:
     try:
         ended_by_itself = await _until(signalled, service.run)
+    except SetupError as error:
+        log.error("stopping: %s", error.message)
+        return EXIT_SETUP
     except Exception:
         log.exception("stopping after an error")
         return EXIT_FAILED

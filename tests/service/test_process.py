@@ -127,6 +127,15 @@ async def test_a_service_that_fails_while_running_is_stopped_in_order() -> None:
     assert process.lines[-2:] == ["stop", "stopped"]
 
 
+async def test_a_deployment_that_shows_to_be_wrong_while_running_is_one_line_too() -> None:
+    process = await launch(run='raise SetupError("worker 3 cannot start")')
+    code, errors = await process.end()
+    assert code == 2
+    assert "worker 3 cannot start" in errors
+    assert "Traceback" not in errors
+    assert process.lines[-1] == "stopped"
+
+
 async def test_a_service_may_end_by_itself() -> None:
     process = await launch(run="return")
     assert (await process.end())[0] == 0
