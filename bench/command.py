@@ -6,14 +6,15 @@ import os
 import sys
 from collections.abc import Mapping, Sequence
 
-from bench.options import read_compare, read_serve
+from bench.options import read_checkpoint, read_compare, read_serve
 from proto.errors import SettingsError
 
 _USAGE = """\
 usage: tandem bench COMMAND [...]
 
-  serve     measure a running server: latency and throughput under a load
-  compare   print two saved results and their ratios
+  serve        measure a running server: latency and throughput under a load
+  compare      print two saved results and their ratios
+  checkpoint   write a model with random weights, to measure with
 
 `tandem bench COMMAND --help` shows a command's flags."""
 
@@ -28,7 +29,9 @@ def main(argv: Sequence[str], environ: Mapping[str, str] = os.environ) -> int:
             return _serve(argv[1:], environ)
         case "compare":
             return _compare(argv[1:])
-    raise SettingsError(f"Unknown command {argv[0]!r}: `tandem bench` has serve and compare.")
+        case "checkpoint":
+            return _checkpoint(argv[1:])
+    raise SettingsError(f"Unknown command {argv[0]!r}: `tandem bench` has serve, compare and checkpoint.")
 
 
 def _serve(argv: Sequence[str], environ: Mapping[str, str]) -> int:
@@ -45,4 +48,13 @@ def _compare(argv: Sequence[str]) -> int:
     from bench.compare import compare, read_result
 
     print(compare(read_result(first), read_result(second)))
+    return 0
+
+
+def _checkpoint(argv: Sequence[str]) -> int:
+    folder, shape, vocab_size, seed = read_checkpoint(argv)
+    from bench.checkpoint import write_checkpoint
+
+    num_parameters = write_checkpoint(folder, shape, vocab_size, seed)
+    print(f"{folder}: {num_parameters / 1e6:.0f} million random parameters")
     return 0

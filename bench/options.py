@@ -11,6 +11,7 @@ from typing import NoReturn
 
 from bench.settings import (
     METRICS,
+    SHAPES,
     Backend,
     CustomData,
     Dataset,
@@ -20,6 +21,7 @@ from bench.settings import (
     Sampling,
     Saving,
     ServeSettings,
+    Shape,
     Target,
     TokenChoice,
     Wanted,
@@ -75,6 +77,20 @@ def read_compare(argv: Sequence[str]) -> tuple[Path, Path]:
     parser.add_argument("b", metavar="B.json", type=Path)
     given = parser.parse_args(argv)
     return given.a, given.b
+
+
+def read_checkpoint(argv: Sequence[str]) -> tuple[Path, Shape, int, int]:
+    """(folder, shape, vocabulary, seed)."""
+    parser = _Parser(
+        "tandem bench checkpoint",
+        description="Writes a Llama checkpoint with random weights in Hugging Face's format: for speed, not for sense.",
+    )
+    parser.add_argument("folder", metavar="FOLDER", type=Path, help="new, or empty")
+    parser.add_argument("--shape", choices=list(SHAPES), default="0.4b", help="(default: 0.4b)")
+    parser.add_argument("--vocab-size", type=_whole(300), default=32000, metavar="N", help="(default: 32000)")
+    parser.add_argument("--seed", type=_whole(0), default=0, metavar="N", help="(default: 0)")
+    given = parser.parse_args(argv)
+    return given.folder, SHAPES[given.shape], given.vocab_size, given.seed
 
 
 def _serve_parser() -> argparse.ArgumentParser:

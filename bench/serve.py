@@ -127,7 +127,7 @@ async def _offer(
     backend = settings.target.backend
     bodies = [make_body(request, contender.model, backend, settings.sampling) for request in requests]
 
-    async def send(pair: tuple[JsonObject, Request]) -> Outcome:
+    async def send(pair: tuple[bytes, Request]) -> Outcome:
         return await contender.server.send(*pair)
 
     pairs = list(zip(bodies, requests, strict=True))

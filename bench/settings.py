@@ -120,3 +120,23 @@ class ServeSettings:
     saving: Saving | None = None
     versus: Target | None = None
     num_rounds: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """Sizes of a model of Llama's family."""
+
+    hidden: int
+    inner: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+
+
+SHAPES = {
+    "11m": Shape(256, 688, 4, 8, 4, 32),
+    "0.4b": Shape(896, 4864, 24, 14, 2, 64),
+    "1b": Shape(2048, 8192, 16, 32, 8, 64),
+}
+"""By their size with a vocabulary of 32000."""
