@@ -50,7 +50,7 @@ def table(about: About, figures: Figures) -> str:
         lines.append(_title("Errors", "-"))
         lines += [f"{count:>5} x {message}" for message, count in figures.errors[:_MOST_ERRORS_SHOWN]]
         if (hidden := len(figures.errors) - _MOST_ERRORS_SHOWN) > 0:
-            lines.append(f"        and {hidden} other messages")
+            lines.append(f"        and {hidden} more")
     lines.append("=" * _WIDTH)
     return "\n".join(line.rstrip() for line in lines)
 

@@ -78,7 +78,7 @@ def test_many_errors_are_cut_short() -> None:
     text = table(ABOUT, figures_of(run, SETTINGS.wanted))
     assert "error 4" in text
     assert "error 5" not in text
-    assert "and 2 other messages" in text
+    assert "and 2 more" in text
 
 
 def test_the_json_has_vllms_names() -> None:
