@@ -15,6 +15,7 @@ usage: tandem bench COMMAND [...]
   serve        measure a running server: latency and throughput under a load
   compare      print two saved results and their ratios
   checkpoint   write a model with random weights, to measure with
+  chaos        run a stack, harm it under load, and judge every answer
 
 `tandem bench COMMAND --help` shows a command's flags."""
 
@@ -31,7 +32,7 @@ def main(argv: Sequence[str], environ: Mapping[str, str] = os.environ) -> int:
             return _compare(argv[1:])
         case "checkpoint":
             return _checkpoint(argv[1:])
-    raise SettingsError(f"Unknown command {argv[0]!r}: `tandem bench` has serve, compare and checkpoint.")
+    raise SettingsError(f"Unknown command {argv[0]!r}: `tandem bench` has serve, compare, checkpoint and chaos.")
 
 
 def _serve(argv: Sequence[str], environ: Mapping[str, str]) -> int:

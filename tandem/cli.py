@@ -13,8 +13,8 @@ from dataclasses import dataclass
 
 from proto.errors import SettingsError, TandemError
 from proto.settings import CacheSettings, LedgerSettings, LogSettings, ModelSettings, RouterSettings, WorkerSettings
+from proto.version import __version__
 from tandem.options import ROUTER, SERVE, WORKER, Parser, Resolved, Scope, build_parser, resolve
-from tandem.version import __version__
 
 _EXIT_SETUP = 2
 _EXIT_INTERRUPTED = 130
@@ -173,6 +173,10 @@ def _complete(argv: Sequence[str]) -> int:
 
 
 def _bench(argv: Sequence[str]) -> int:
+    if argv[:1] == ["chaos"]:  # it starts a stack, which bench itself cannot
+        from tandem import chaos
+
+        return chaos.main(argv[1:])
     from bench import command
 
     return command.main(argv)

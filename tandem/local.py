@@ -125,6 +125,11 @@ class LocalStack:
         return self._settings.ledger
 
     @property
+    def redis_pid(self) -> int | None:
+        """The private Redis' process; None where there is none, now or at all."""
+        return None if self._redis is None else self._redis.pid
+
+    @property
     def url(self) -> str:
         router = self._settings.router
         scheme = "https" if router.ssl_certfile else "http"
