@@ -37,6 +37,8 @@ class Seat:
     num_cached: int = 0
     clock: StageClock = field(default_factory=lambda: StageClock(Stage.ROUTED))
     open_choices: set[int] = field(default_factory=set)
+    stopped: set[int] = field(default_factory=set)
+    """Choices that the router wants no more of, perhaps from before they ran."""
     emitted: list[TokenOut] = field(default_factory=list)
     """Every token made here, for a router that comes back and asks from a position."""
 
@@ -50,9 +52,14 @@ class Seat:
         return self.is_running and not self.open_choices
 
     def begin(self, request: Request) -> None:
-        """The engine has the request. Choices that were finished elsewhere are closed by their first news."""
+        """The engine gets the request."""
         self.is_running = True
-        self.open_choices = set(range(request.params.n))
+        self.open_choices = set(range(request.params.n)) - self.stopped
+
+    def stop(self, choice: int) -> None:
+        """No more of it is wanted, or it has ended without news of ours. Idempotent."""
+        self.stopped.add(choice)
+        self.open_choices.discard(choice)
 
     def record(self, token: TokenOut) -> None:
         self.emitted.append(token)

@@ -103,6 +103,9 @@ class DecodeTier:
         if seat is not None and seat.generation == generation and seat.attach is not None:
             self._replay(seat, message)
             return
+        if seat is None and self._fences.is_over(request, generation):
+            self._news.reject(request, generation, RejectReason.STALE, "this try is over here")
+            return
         if generation < self._fences.highest(request) or (seat is not None and generation < seat.generation):
             self._news.reject(request, generation, RejectReason.STALE, "a newer try of this request is known")
             return
@@ -138,7 +141,7 @@ class DecodeTier:
 
     def _stop_choices(self, seat: Seat, choices: tuple[int, ...]) -> None:
         for choice in choices:
-            seat.open_choices.discard(choice)
+            seat.stop(choice)
             self._host.tell(partial(_finish_choice, key=seat.key, choice=choice))
         if seat.is_done:
             self._finished(seat)
@@ -159,6 +162,7 @@ class DecodeTier:
         self._progress(seat, Stage.QUEUED)
         engine_request = replace(request, id=seat.key)
         self._tasks.spawn(self._admit(seat, self._host.post(lambda core: core.add(engine_request))))
+        self._stop_choices(seat, tuple(seat.stopped))
 
     def _run(self, seat: Seat, request: Request, choices: tuple[SealedChoice, ...]) -> None:
         """The KV is here and the request is known. The first tokens are P's; they are repeated to the router, which
@@ -173,8 +177,20 @@ class DecodeTier:
         engine_request = replace(request, id=seat.key)
         self._tasks.spawn(self._admit(seat, self._host.post(lambda core: core.adopt(engine_request, first))))
         self._progress(seat, Stage.DECODING)
-        tokens = [self._record(seat, token) for token in self._first_tokens(request, first)]
-        self._routers.send_tokens((seat.generation, token) for token in tokens)
+        self._take_first_tokens(
+            seat, self._first_tokens(request, first), has_logprobs=request.params.logprobs is not None
+        )
+        self._stop_choices(seat, tuple(seat.stopped))
+
+    def _take_first_tokens(self, seat: Seat, tokens: list[TokenOut], *, has_logprobs: bool) -> None:
+        if not has_logprobs:
+            self._routers.send_tokens([(seat.generation, self._record(seat, token)) for token in tokens])
+            return
+        # Log probabilities are not part of a hand-off: where they are wanted, only P can say a first token. One that
+        # ends its choice ends it here all the same.
+        for token in tokens:
+            if token.finish is not None:
+                seat.stop(token.choice)
 
     def _first_tokens(self, request: Request, first: list[int]) -> list[TokenOut]:
         rules = FinishRules.of(request, self._host.parts.facts)
@@ -183,8 +199,7 @@ class DecodeTier:
             ending = rules.ending(0, token)
             finish, stop_token = (ending.reason, ending.stop_token) if ending else (None, None)
             tokens.append(TokenOut(request.id, choice, 0, token, finish=finish, stop_token=stop_token))
-        # Log probabilities are not part of a hand-off: where they are wanted, only P can say a first token.
-        return tokens if request.params.logprobs is None else []
+        return tokens
 
     async def _admit(self, seat: Seat, answer: asyncio.Future[None]) -> None:
         if error := await self._news.was_admitted(seat.request, seat.generation, answer):
@@ -306,7 +321,7 @@ class DecodeTier:
 
     def crashed(self, error: BaseException) -> None:
         for seat in list(self._seats.values()):
-            self._drop(seat, f"the engine failed: {error}")
+            self._give_up(seat, f"the engine failed: {error}")
 
     # The end of a seat.
 
@@ -315,7 +330,13 @@ class DecodeTier:
             if not seat.is_done:
                 log.warning("request %s: no news from its router, its lease has ended", request)
                 self._metrics.lease_expired()
-            self._drop(seat, "the lease has ended")
+            self._give_up(seat, "the lease has ended")
+
+    def _give_up(self, seat: Seat, reason: str) -> None:
+        """By our own decision: the router, if it is there and waits for it, need not find out by waiting."""
+        if seat.attach is not None and not seat.is_done:
+            self._news.reject(seat.request, seat.generation, RejectReason.UNKNOWN, reason)
+        self._drop(seat, reason)
 
     def _drop(self, seat: Seat, reason: str) -> None:
         """Frees all that the seat holds, and ends its hand-off. May be called twice."""

@@ -90,6 +90,12 @@ class FenceTable:
         tombstone = self._tombstones.get(request)
         return max(live.generation if live else NO_GENERATION, tombstone[0] if tombstone else NO_GENERATION)
 
+    def is_over(self, request: RequestId, generation: Generation) -> bool:
+        """Whether that try has ended, or a newer one is known."""
+        tombstone = self._tombstones.get(request)
+        is_buried = tombstone is not None and tombstone[0] >= generation
+        return is_buried or self.highest(request) > generation
+
     def open(self, fence: Fence, now: float, superseded: Callable[[Generation], None]) -> None:
         """Admits a new try and tells the older one of the same request, if any, that it is over.
 

@@ -131,14 +131,22 @@ class PrefillTier:
             self._news.reject(message.request, message.generation, RejectReason.STALE, f"already at {job.generation}")
             return
         job.generation, job.decode, job.is_held = message.generation, message.decode, False
-        self._open_fence(job)
+        try:
+            self._open_fence(job)
+        except StaleMessage as stale:
+            self._news.reject(message.request, message.generation, RejectReason.STALE, stale.message)
+            self._drop(job, stale.message)
+            return
+        self._count_held()
         if job.session is not None:
             job.session.redirect(message.generation, message.decode)
 
     def _abort(self, message: Abort) -> None:
+        if message.choices:
+            return  # Single choices are let go of where they run; all of them share this prompt.
         self._fences.end(message.request, message.generation, self._now())
         job = self._jobs.get(message.request)
-        if job is not None and job.generation <= message.generation and not message.choices:
+        if job is not None and job.generation <= message.generation:
             self._drop(job, "aborted")
 
     def _open_fence(self, job: Job) -> None:
@@ -194,10 +202,11 @@ class PrefillTier:
             choices = tuple(SealedChoice(token.token) for token in sorted(first_tokens, key=lambda each: each.choice))
             self._progress(job, Stage.SEALED, num_cached=job.num_cached)
             job.session.seal(filled.first_index + len(filled.blocks), filled.num_tokens_last, choices)
+            self._cap_held()
 
     def crashed(self, error: BaseException) -> None:
         for job in list(self._jobs.values()):
-            self._drop(job, f"the engine failed: {error}")
+            self._give_up(job, f"the engine failed: {error}")
 
     # What hand-offs say.
 
@@ -212,13 +221,21 @@ class PrefillTier:
         job.is_held = True
         retry_after_s = job.session.retry_after_s if job.session else None
         self._news.reject(job.request.id, job.generation, reason, message, retry_after_s, held=True)
-        held = [each for each in self._jobs.values() if each.is_held and each.is_computed]
-        self._metrics.set_held(len(held))
+        self._cap_held()
+
+    def _cap_held(self) -> None:
+        """A worker full of waiting blocks and a full decode worker must not wait for each other: the newest goes."""
+        held = self._count_held()
         if len(held) > self._max_held:
             newest = held[-1]
             text = f"more than {self._max_held} computed prompts wait for a decode worker"
             self._news.reject(newest.request.id, newest.generation, RejectReason.FULL, text)
             self._drop(newest, text)
+
+    def _count_held(self) -> list[Job]:
+        held = [job for job in self._jobs.values() if job.is_held and job.is_computed]
+        self._metrics.set_held(len(held))
+        return held
 
     def adopted(self, job: Job, num_bytes: int, duration_s: float) -> None:
         self._metrics.transferred(job.transport, num_bytes, duration_s)
@@ -234,7 +251,12 @@ class PrefillTier:
         if job := self._jobs.get(request):
             log.warning("request %s: no news from its router, its lease has ended", request)
             self._metrics.lease_expired()
-            self._drop(job, "the lease has ended")
+            self._give_up(job, "the lease has ended")
+
+    def _give_up(self, job: Job, reason: str) -> None:
+        """By our own decision: the router, if it is there, need not find out by waiting."""
+        self._news.reject(job.request.id, job.generation, RejectReason.UNKNOWN, reason)
+        self._drop(job, reason)
 
     def _drop(self, job: Job, reason: str) -> None:
         """Forgets the job. Its blocks are freed now, or when its session has let go of them. May be called twice."""
@@ -249,6 +271,8 @@ class PrefillTier:
             job.session.withdraw(reason)
         else:
             self._host.tell(lambda core: core.abort(job.key))
+        if job.is_held:
+            self._count_held()
         if not self._jobs:
             self._idle.set()
 

@@ -28,6 +28,8 @@ from proto.settings import EngineSettings
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 
+_STOP_TIMEOUT_S = 5.0
+
 
 @dataclass(frozen=True, slots=True)
 class StepNews:
@@ -113,12 +115,14 @@ class EngineHost:
         return self._loop.heartbeat if self._loop else None
 
     async def close(self) -> None:
+        """Ends the thread and gives the memory back; a step that does not end keeps the memory it writes into."""
+        has_ended = True
         if self._loop is not None:
-            await asyncio.to_thread(self._loop.stop, 5.0)
+            has_ended = await asyncio.to_thread(self._loop.stop, _STOP_TIMEOUT_S)
             self._loop = None
-        if self._parts is not None:
+        if self._parts is not None and has_ended:
             self._parts.kv.close()
-            self._parts = None
+        self._parts = None
 
     # The engine thread, from here on.
 

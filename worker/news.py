@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 
 from proto.control import Failed, Progress, Rejected, RejectReason
-from proto.errors import Overloaded, TandemError
+from proto.errors import LocalFault, Overloaded, TandemError
 from proto.ids import Generation, RequestId
 from proto.lifecycle import Stage
 from service.metrics import WorkerMetrics
 from worker.routers import RouterStreams
 from worker.stages import StageClock
+
+log = logging.getLogger(__name__)
 
 
 class News:
@@ -60,4 +63,9 @@ class News:
             failed = Failed(request, generation, error.status, error.kind, error.message, error.param)
             self._routers.send(request, failed)
             return error
+        except Exception as fault:
+            # The engine is gone, or has a bug: not the request's doing as far as we know, so another worker may try.
+            log.error("request %s could not be given to the engine: %s", request, fault)
+            self.reject(request, generation, RejectReason.UNKNOWN, "the engine failed")
+            return LocalFault("the engine failed")
         return None

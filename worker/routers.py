@@ -41,13 +41,20 @@ class RouterStreams:
         return len(self._streams)
 
     async def serve(self, stream: Stream, handle: Callable[[FromRouter], None]) -> None:
-        """Passes the stream's messages to ``handle`` until it ends."""
+        """Passes the stream's messages to ``handle`` until it ends.
+
+        A bug met in one message is logged, and must not cost the router's other requests here.
+        """
         router = stream.router_epoch
         self._streams[router] = stream
         log.info("router %s connected", router)
         try:
             while True:
-                handle(await stream.receive())
+                message = await stream.receive()
+                try:
+                    handle(message)
+                except Exception:
+                    log.exception("could not take %s from router %s", type(message).__name__, router)
         except StreamClosed as end:
             log.info("router %s disconnected: %s", router, end)
         finally:

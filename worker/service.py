@@ -254,6 +254,7 @@ class WorkerService:
 
     def crashed(self, error: BaseException) -> None:
         self._health.failed(f"the engine failed: {error}")
+        self._tier.is_draining = True  # what still comes goes elsewhere at once
         self._tier.crashed(error)
         if self._crashed is not None and not self._crashed.done():
             self._crashed.set_exception(error)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
 from decode.tier import DecodeTier
+from engine.build import load_engine_parts
+from engine.core import EngineCore
 from kvtransfer.fences import FenceTable
 from kvtransfer.transport import Link
 from kvtransfer.transports import MEMORY
@@ -16,7 +19,7 @@ from kvtransfer.transports.choice import payload_readers
 from kvtransfer.transports.memory import Fault, pair
 from prefill.handoff import Dispatcher
 from prefill.tier import PrefillTier
-from proto.control import FromRouter, FromWorker, Load, Peer, Progress, Role, Tokens
+from proto.control import Attach, FromRouter, FromWorker, Load, Peer, Prefill, Progress, Role, Tokens
 from proto.ids import Epoch, Generation, RequestId, WorkerId
 from proto.inventory import CacheChange
 from proto.lifecycle import Stage
@@ -75,6 +78,7 @@ class Side:
     router: ScriptedRouter
     peer: Peer
     tier: PrefillTier | DecodeTier = field(init=False)
+    metrics: WorkerMetrics = field(init=False)
 
     def started(self, request: RequestId) -> None:
         self.tier.started(request)
@@ -137,7 +141,8 @@ class Pod:
         self._tasks.append(asyncio.create_task(side.routers.serve(side.router, lambda message: None)))
         await asyncio.sleep(0)  # the stream is known from here on
         self.sides.append(side)
-        return side, FenceTable(peer.epoch, 600.0), WorkerMetrics("test", role)
+        side.metrics = WorkerMetrics("test", role)
+        return side, FenceTable(peer.epoch, 600.0), side.metrics
 
     async def connect(self, peer: Peer) -> Link:
         ours, theirs = pair(forth=self.forth)
@@ -159,3 +164,49 @@ def make_request(number: int, prompt: tuple[int, ...], *, max_tokens: int = 6, n
 
 
 FIRST = Generation(1)
+LEASE_S = 60.0
+
+
+def prompt_of(length: int, seed: int = 0) -> tuple[int, ...]:
+    rng = random.Random(f"{length}/{seed}")
+    return tuple(rng.randrange(5, 300) for _ in range(length))
+
+
+def alone(pod: Pod, request: Request) -> dict[tuple[int, int], int]:
+    """What one engine makes of the request: (choice, position) to token."""
+    parts = load_engine_parts(pod.settings)
+    try:
+        core = EngineCore(parts.runner, parts.kv, parts.facts, parts.hasher)
+        core.add(request)
+        tokens = {}
+        while core.has_work():
+            tokens |= {(token.choice, token.position): token.token for token in core.step().tokens}
+        return tokens
+    finally:
+        parts.kv.close()
+
+
+def send(p: Side, d: Side, request: Request, generation: Generation = FIRST) -> None:
+    d.tier.handle(Attach(request, generation, local=False, lease_s=LEASE_S))
+    p.tier.handle(Prefill(request, generation, d.peer, LEASE_S))
+
+
+def served(*sides: Side) -> dict[tuple[int, int], int]:
+    """The router's view: each position once, whoever said it; two that differ are an error."""
+    tokens: dict[tuple[int, int], int] = {}
+    for side in sides:
+        for token in side.router.tokens():
+            assert tokens.setdefault((token.choice, token.position), token.token) == token.token
+    return tokens
+
+
+def num_finished(side: Side) -> int:
+    return sum(token.finish is not None for token in side.router.tokens())
+
+
+async def until_idle(side: Side) -> None:
+    """Blocks are given back once nobody reads or writes them, a little after the abort."""
+    for _ in range(1000):
+        if await side.is_idle():
+            return
+    raise AssertionError("blocks are still held")

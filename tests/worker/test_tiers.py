@@ -11,17 +11,24 @@ from pathlib import Path
 
 import pytest
 
-from engine.build import load_engine_parts
-from engine.core import EngineCore
 from kvtransfer.transports.memory import Faults
 from proto.control import Abort, Attach, Prefill, Redirect, Rejected, RejectReason
 from proto.ids import Generation
 from proto.lifecycle import Stage
-from proto.request import FinishReason, Request
+from proto.request import FinishReason
 from tests.support.checkpoints import make_checkpoint
-from tests.support.tiers import FIRST, Pod, Side, make_request
-
-LEASE_S = 60.0
+from tests.support.tiers import (
+    FIRST,
+    LEASE_S,
+    Pod,
+    alone,
+    make_request,
+    num_finished,
+    prompt_of,
+    send,
+    served,
+    until_idle,
+)
 
 
 @pytest.fixture(scope="module")
@@ -34,43 +41,6 @@ async def pod(checkpoint: Path) -> AsyncIterator[Pod]:
     pod = Pod(checkpoint)
     yield pod
     await pod.close()
-
-
-def prompt_of(length: int, seed: int = 0) -> tuple[int, ...]:
-    rng = random.Random(f"{length}/{seed}")
-    return tuple(rng.randrange(5, 300) for _ in range(length))
-
-
-def alone(pod: Pod, request: Request) -> dict[tuple[int, int], int]:
-    """What one engine makes of the request: (choice, position) to token."""
-    parts = load_engine_parts(pod.settings)
-    try:
-        core = EngineCore(parts.runner, parts.kv, parts.facts, parts.hasher)
-        core.add(request)
-        tokens = {}
-        while core.has_work():
-            tokens |= {(token.choice, token.position): token.token for token in core.step().tokens}
-        return tokens
-    finally:
-        parts.kv.close()
-
-
-def send(p: Side, d: Side, request: Request, generation: Generation = FIRST) -> None:
-    d.tier.handle(Attach(request, generation, local=False, lease_s=LEASE_S))
-    p.tier.handle(Prefill(request, generation, d.peer, LEASE_S))
-
-
-def served(*sides: Side) -> dict[tuple[int, int], int]:
-    """The router's view: each position once, whoever said it; two that differ are an error."""
-    tokens: dict[tuple[int, int], int] = {}
-    for side in sides:
-        for token in side.router.tokens():
-            assert tokens.setdefault((token.choice, token.position), token.token) == token.token
-    return tokens
-
-
-def num_finished(side: Side) -> int:
-    return sum(token.finish is not None for token in side.router.tokens())
 
 
 @pytest.mark.parametrize("length", [1, 16, 17, 200])
@@ -159,14 +129,6 @@ async def test_an_abort_frees_both_sides(pod: Pod, when: str) -> None:
     await d.tier.drained()
     await until_idle(p)
     await until_idle(d)
-
-
-async def until_idle(side: Side) -> None:
-    """Blocks are given back once nobody reads or writes them, a little after the abort."""
-    for _ in range(1000):
-        if await side.is_idle():
-            return
-    pytest.fail("blocks are still held")
 
 
 async def test_a_duplicate_of_an_aborted_try_revives_nothing(pod: Pod) -> None:
