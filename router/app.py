@@ -6,7 +6,6 @@ Edge (labels, errors, metrics) ▶ CORS ▶ ApiKeys ▶ routes ▶ router.openai
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
-from importlib import metadata
 
 from fastapi import FastAPI
 from starlette.exceptions import HTTPException
@@ -16,6 +15,7 @@ from starlette.responses import JSONResponse, Response
 
 from proto.errors import TandemError
 from proto.settings import RouterSettings
+from proto.version import __version__
 from router.auth import ApiKeys, is_authorized, read_keys
 from router.contract import FlowLike, MetricsLike, ModelProvider, Readiness
 from router.edge import Edge
@@ -46,7 +46,7 @@ def build_app(
 
     Raises SettingsError when the key file cannot be read.
     """
-    api = Api(settings=settings, flow=flow, models=models, metrics=metrics, version=_version())
+    api = Api(settings=settings, flow=flow, models=models, metrics=metrics, version=__version__)
     app = FastAPI(title="Tandem", version=api.version, redirect_slashes=False)
     _add_openai_routes(app, api)
     _add_service_routes(app, api, ready)
@@ -117,10 +117,3 @@ async def _handle_error(request: Request, error: Exception) -> Response:
     if isinstance(error, (ClientGone, ClientDisconnect)):
         return Response(status_code=ClientGone.status)  # for logs and metrics: nobody reads it
     return reply_for(error, label_of(request)).response()
-
-
-def _version() -> str:
-    try:
-        return metadata.version("tandem-serve")
-    except metadata.PackageNotFoundError:
-        return "0.0.0"

@@ -5,20 +5,20 @@ Knows no order of events; that is ``life``'s.
 
 from __future__ import annotations
 
-import asyncio
-import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
-from proto.control import FromRouter
+from proto.control import Abort, Attach, FromRouter, Peer, Prefill, Redirect, RejectReason
 from proto.errors import TandemError
 from proto.ids import Epoch, Generation, RequestId
 from proto.lifecycle import Stage
 from proto.request import FinishReason, Request, TokenOut
+from router.assembly import TokenAssembly
 from router.contract import StageTimes
+from router.deadlines import StageLimits
 from router.policy import Candidate, Decision, Way
-from router.recovery import Remedy, Side
+from router.recovery import Remedy, Side, Situation, is_nobodys_fault
 from router.stages import StageChange
 
 
@@ -35,46 +35,7 @@ class Rules:
     patience_s: float = 10.0
     room_patience_s: float = 120.0
     verdict_s: float = 5.0
-
-
-class Cancellable(Protocol):
-    def cancel(self) -> object: ...
-
-
-class Timers(Protocol):
-    """What of an event loop a life needs (``LoopTimers``)."""
-
-    def time(self) -> float: ...
-
-    def call_later(self, delay: float, callback: Callable[[], object], /) -> Cancellable: ...
-
-
-class LoopTimers:
-    """The running event loop's timers, with a clock finer than uvloop's own, which counts whole milliseconds."""
-
-    def time(self) -> float:
-        return time.monotonic()
-
-    def call_later(self, delay: float, callback: Callable[[], object], /) -> Cancellable:
-        return asyncio.get_running_loop().call_later(delay, callback)
-
-
-class Alarm:
-    """One thing that will happen later, unless it is set anew or cancelled."""
-
-    def __init__(self, timers: Timers) -> None:
-        self._timers = timers
-        self._timer: Cancellable | None = None
-
-    def set(self, delay: float, callback: Callable[[], object]) -> None:
-        self.cancel()
-        self._timer = self._timers.call_later(delay, callback)
-
-    def cancel(self) -> None:
-        """Idempotent, also after it happened."""
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
+    limits: StageLimits = field(default_factory=StageLimits)
 
 
 class Dispatcher(Protocol):
@@ -89,6 +50,12 @@ class Dispatcher(Protocol):
     def mark_full(self, epoch: Epoch, seconds: float) -> None: ...
 
     def mark_draining(self, epoch: Epoch) -> None: ...
+
+    def failed_on(self, epoch: Epoch) -> None:
+        """A try failed, and it was this worker's doing."""
+
+    def served_by(self, epoch: Epoch) -> None:
+        """A request is complete, and this worker had a part in it."""
 
     def ended(self, request: RequestId) -> None:
         """Called exactly once per life that began."""
@@ -142,11 +109,66 @@ class Try:
     decode: Candidate | None
     local: bool
     adopted: bool = False
+    attach: Attach | None = None
+    """What the decode worker was told."""
+
+    def following(self, decision: Decision, *, keeps_prefill: bool) -> Try:
+        """The next generation: with the blocks that ``prefill`` holds, or from the start."""
+        generation = Generation(self.generation + 1)
+        if keeps_prefill:
+            return Try(generation, self.prefill, self.prefill_since, decision.decode, local=False)
+        return Try(generation, decision.prefill, generation, decision.decode, decision.local)
+
+    def orders(
+        self, request: Request, positions: tuple[int, ...], lease_s: float
+    ) -> Iterator[tuple[Candidate, FromRouter]]:
+        """What its workers are told: first the decode worker, so that it expects what the prefill worker offers."""
+        decode = self.decode
+        assert decode is not None
+        self.attach = Attach(request, self.generation, self.local, lease_s, positions)
+        yield decode, self.attach
+        if self.prefill is None:
+            return
+        peer = Peer(decode.worker, decode.epoch, decode.address)
+        if self.prefill_since == self.generation:
+            yield self.prefill, Prefill(request, self.generation, peer, lease_s)
+        else:
+            yield self.prefill, Redirect(request.id, self.generation, peer)
+
+    def attach_again(self, positions: tuple[int, ...]) -> Iterator[tuple[Candidate, FromRouter]]:
+        """For a decode worker whose stream broke: its tokens from ``positions`` on, under the same generation."""
+        if self.decode is not None and self.attach is not None:
+            yield self.decode, replace(self.attach, positions=positions)
+
+    def workers(self) -> list[Candidate]:
+        return [worker for worker in (self.prefill, self.decode) if worker is not None]
+
+    def holders(self) -> list[Candidate]:
+        """Those that hold something for it: once it is adopted, the prefill worker has let go."""
+        return [worker for worker in self.workers() if worker is not self.prefill or not self.adopted]
+
+    def blamed(self, epoch: Epoch, reason: RejectReason, remedy: Remedy) -> set[Epoch]:
+        """Whom the next try should do without, if it can, after ``epoch`` has rejected this one."""
+        if remedy is Remedy.REDIRECT:
+            return {self.decode.epoch} if self.decode is not None else set()
+        return {epoch} if is_nobodys_fault(reason) else set()
+
+    def situation(self, assembly: TokenAssembly) -> Situation:
+        return Situation(
+            prefill_has_blocks=self.prefill is not None and not self.adopted,
+            adopted=self.adopted or self.local,
+            started=assembly.is_started,
+            lacks_first=not self.local and assembly.lacks_first,
+        )
 
     def side_of(self, epoch: Epoch) -> Side | None:
         if self.decode is not None and self.decode.epoch == epoch:
             return Side.DECODE
         return Side.PREFILL if self.prefill is not None and self.prefill.epoch == epoch else None
+
+    def abort(self, request: RequestId) -> Abort:
+        """Outlaws this try, and those before it."""
+        return Abort(request, self.generation)
 
     def admits(self, epoch: Epoch, generation: Generation) -> Side | None:
         """The side that speaks; None: an older try's, or nobody of this one. A redirect does not outlaw what P sent."""

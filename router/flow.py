@@ -18,11 +18,12 @@ from proto.hashing import BlockHasher
 from proto.ids import BlockHash, Epoch, RequestId, WorkerId
 from proto.request import Request, TokenOut
 from router.admission import Admission
-from router.attempt import Cancellable, Listener, LoopTimers, Rules, Timers
+from router.attempt import Listener, Rules
 from router.contract import NewRequest, StageTimes
 from router.life import Life
 from router.policy import Ask, Candidate, Decision, View, Way, Weights, choose
 from router.prefix_index import PrefixIndex
+from router.timers import Cancellable, LoopTimers, Timers
 
 log = logging.getLogger(__name__)
 
@@ -42,6 +43,11 @@ class Fleet(Protocol):
 
     def mark_draining(self, epoch: Epoch) -> None: ...
 
+    def note_fault(self, epoch: Epoch) -> None:
+        """A try failed there."""
+
+    def note_success(self, epoch: Epoch) -> None: ...
+
 
 class RequestStream:
     """A life as its client reads it; see ``contract.RequestStreamLike``."""
@@ -55,23 +61,23 @@ class RequestStream:
 
     @property
     def timings(self) -> StageTimes:
-        return self._life.times
+        return self._life.journal.times
 
     @property
     def num_cached(self) -> int:
-        return self._life.num_cached
+        return self._life.journal.num_cached
 
     @property
     def num_bytes_moved(self) -> int:
-        return self._life.num_bytes_moved
+        return self._life.journal.num_bytes_moved
 
     @property
     def prefill_worker(self) -> WorkerId | None:
-        return self._life.prefill_worker
+        return self._life.journal.prefill_worker
 
     @property
     def decode_worker(self) -> WorkerId | None:
-        return self._life.decode_worker
+        return self._life.journal.decode_worker
 
     def __aiter__(self) -> AsyncIterator[list[TokenOut]]:
         return self
@@ -157,6 +163,12 @@ class Flow:
         for life in list(self._lives.values()):
             life.wake()
 
+    def worker_back(self, epoch: Epoch) -> None:
+        """Its stream broke for a moment: those it works for go on from where they are."""
+        for life in list(self._lives.values()):
+            life.worker_back(epoch)
+            life.wake()
+
     def worker_down(self, epoch: Epoch) -> None:
         for life in list(self._lives.values()):
             life.worker_lost(epoch)
@@ -206,6 +218,12 @@ class Flow:
     def mark_draining(self, epoch: Epoch) -> None:
         self._fleet.mark_draining(epoch)
 
+    def failed_on(self, epoch: Epoch) -> None:
+        self._fleet.note_fault(epoch)
+
+    def served_by(self, epoch: Epoch) -> None:
+        self._fleet.note_success(epoch)
+
     def ended(self, request: RequestId) -> None:
         for _ in range(self._lives[request].assembly.num_conflicts):
             self._listener.refused("conflict")
@@ -245,7 +263,7 @@ class Flow:
         self._renewal = None
         held: dict[Epoch, list[RequestId]] = defaultdict(list)
         for life in self._lives.values():
-            for worker in life.workers():
+            for worker in life.current.holders():
                 held[worker.epoch].append(life.id)
         for epoch, requests in held.items():
             self._fleet.send(epoch, Renew(tuple(requests), self._rules.lease_s))

@@ -13,18 +13,28 @@ from __future__ import annotations
 import dataclasses
 import logging
 
-from proto.control import Abort, Attach, Failed, Peer, Prefill, Progress, Redirect, Rejected, RejectReason
-from proto.errors import DeadlineExceeded, NoWorker, Overloaded, RemoteProtocolError, TandemError, WorkerLost
-from proto.ids import Epoch, Generation, RequestId, WorkerId
+from proto.control import Abort, Failed, Progress, Rejected, RejectReason
+from proto.errors import (
+    DeadlineExceeded,
+    LocalFault,
+    NoWorker,
+    Overloaded,
+    RemoteProtocolError,
+    TandemError,
+    WorkerLost,
+)
+from proto.ids import Epoch, Generation, RequestId
 from proto.lifecycle import Stage
 from proto.request import Request, TokenOut
 from router.assembly import TokenAssembly
-from router.attempt import Alarm, Dispatcher, Listener, RequestEnd, Rules, Timers, Try
+from router.attempt import Dispatcher, Listener, Rules, Try
 from router.buffer import TokenBuffer
+from router.deadlines import Watch
+from router.journal import Journal
 from router.patience import LONGEST_PAUSE_S, Patience
-from router.policy import Candidate, Decision, Way
+from router.policy import Decision, Way
 from router.recovery import Remedy, Side, Situation, after_loss, after_rejection, error_of, is_nobodys_fault
-from router.stages import StageChange, StageClock
+from router.timers import Alarm, Timers
 
 log = logging.getLogger(__name__)
 
@@ -44,19 +54,13 @@ class Life:
         timers: Timers,
     ) -> None:
         self.request = request
-        self.label = label
         self.buffer = TokenBuffer()
         self.assembly = TokenAssembly(request.params.n)
-        self.num_cached = 0
-        self.num_bytes_moved = 0
-        self.prefill_worker: WorkerId | None = None
-        self.decode_worker: WorkerId | None = None
+        self.journal = Journal(request, label, listener, timers)
         self._rules = rules
         self._dispatcher = dispatcher
         self._listener = listener
         self._timers = timers
-        self._arrived = timers.time()
-        self._clock = StageClock(self._arrived)
         self._try = Try(Generation(0), None, Generation(0), None, local=True)
         self._need: Remedy | None = None
         self._avoid: set[Epoch] = set()
@@ -64,6 +68,7 @@ class Life:
         self._num_faults = 0
         self._room_hint_s: float | None = None
         self._patience = Patience(rules.patience_s, rules.room_patience_s)
+        self._watch = Watch(timers, self._late)
         self._deadline, self._pause, self._verdict = Alarm(timers), Alarm(timers), Alarm(timers)
 
     @property
@@ -72,7 +77,7 @@ class Life:
 
     @property
     def stage(self) -> Stage:
-        return self._clock.stage
+        return self.journal.stage
 
     @property
     def is_over(self) -> bool:
@@ -84,17 +89,8 @@ class Life:
         return self._need is not None
 
     @property
-    def times(self) -> dict[Stage, float]:
-        return self._clock.times
-
-    @property
     def current(self) -> Try:
         return self._try
-
-    def workers(self) -> list[Candidate]:
-        """Who holds something for this request under the current try."""
-        prefill = None if self._try.adopted else self._try.prefill
-        return [worker for worker in (prefill, self._try.decode) if worker is not None]
 
     # From the flow: the start, and the ends it can bring about.
 
@@ -132,11 +128,13 @@ class Life:
             accepted = [ready for out in tokens for ready in self.assembly.accept(out)]
         except RemoteProtocolError as error:
             log.error("%s: a worker broke the protocol: %s", self.id, error)
+            self._dispatcher.failed_on(epoch)
             self._recover(self._situation().again)
             return
         if accepted:
             self._listener.tokens_came(accepted, self._timers.time())
             self.buffer.push(accepted)
+            self._expect()
         if self.assembly.is_complete:
             self._end(Stage.FINISHED, None)
         elif len(self.buffer) > self._rules.max_buffered_tokens:
@@ -148,12 +146,12 @@ class Life:
         if side is None:
             return
         if side is Side.PREFILL or self._try.local:
-            self.num_cached = max(self.num_cached, news.num_cached)
+            self.journal.num_cached = max(self.journal.num_cached, news.num_cached)
         if news.stage is Stage.ADOPTED:
             if news.generation != self._try.generation:
                 return  # the worker it speaks of was given up meanwhile
             if side is Side.DECODE:
-                self.num_bytes_moved += news.num_bytes
+                self.journal.num_bytes_moved += news.num_bytes
             self._adopted()
         elif not news.stage.is_terminal and news.stage not in (Stage.RECEIVED, Stage.ROUTED):
             self._advance(news.stage)
@@ -173,7 +171,7 @@ class Life:
         log.info("%s: %s says %s (%s): %s", self.id, epoch, news.reason.value, news.message, remedy.value)
         if remedy is Remedy.NONE:
             return
-        self._avoid |= self._blamed(epoch, news.reason, remedy)
+        self._avoid |= self._try.blamed(epoch, news.reason, remedy)
         self._room_hint_s = news.retry_after_s
         is_refused = remedy is Remedy.REDIRECT and news.reason is RejectReason.REFUSED
         if is_refused and not self._patience.refused(self._timers.time()):
@@ -185,7 +183,10 @@ class Life:
     def failed(self, epoch: Epoch, news: Failed) -> None:
         side = self._admit(epoch, news.generation)
         if side is not None and not (side is Side.PREFILL and self._try.adopted):
-            self.fail(error_of(news, self.stage.value))
+            error = error_of(news, self.stage.value)
+            if isinstance(error, LocalFault):
+                self._dispatcher.failed_on(epoch)
+            self.fail(error)
 
     def worker_lost(self, epoch: Epoch) -> None:
         """This incarnation is gone. Nothing it still sends is admitted."""
@@ -205,6 +206,33 @@ class Life:
             self._verdict.set(self._rules.verdict_s, self._no_verdict)
         elif remedy is not Remedy.NONE:
             self._recover(remedy)
+
+    def worker_back(self, epoch: Epoch) -> None:
+        """Its stream broke, and the same incarnation is there again. What it said in between is lost; a decode worker
+        says its tokens again, a prefill worker does not."""
+        side = self._try.side_of(epoch)
+        if self.is_over or self.is_waiting or side is None:
+            return
+        if side is Side.DECODE:
+            for worker, message in self._try.attach_again(self.assembly.positions()):
+                self._dispatcher.send(worker, message)
+            self._stop_on_decode(self.assembly.done_choices())
+            self._expect()
+        elif self._situation().lacks_first:
+            log.info("%s: what its prefill worker said may be lost; it is asked again", self.id)
+            self._recover(self._situation().again)
+
+    def _late(self) -> None:
+        """A worker was silent for longer than the stage may last: for this request it is lost, and outlawed."""
+        side = Side.PREFILL if self._situation().lacks_first and self._try.prefill is not None else Side.DECODE
+        worker = self._try.prefill if side is Side.PREFILL else self._try.decode
+        if self.is_over or self.is_waiting or worker is None:
+            return
+        log.warning("%s: no news from %s in stage %s; given up there", self.id, worker.worker, self.stage.value)
+        self._avoid.add(worker.epoch)
+        self._dispatcher.failed_on(worker.epoch)
+        self._dispatcher.send(worker, self._try.abort(self.id))
+        self.worker_lost(worker.epoch)
 
     # Recovery.
 
@@ -237,6 +265,7 @@ class Life:
             return
         self._listener.recovering(remedy)
         self._verdict.cancel()
+        self._watch.rest()
         self.assembly.forget_held_back()
         self._let_go(keep_prefill=remedy is Remedy.REDIRECT)
         self._need = remedy
@@ -254,12 +283,6 @@ class Life:
         else:
             self._wait(None)
 
-    def _blamed(self, epoch: Epoch, reason: RejectReason, remedy: Remedy) -> set[Epoch]:
-        """Whom the next try should do without, if it can."""
-        if remedy is Remedy.REDIRECT:
-            return {self._try.decode.epoch} if self._try.decode is not None else set()
-        return {epoch} if is_nobodys_fault(reason) else set()
-
     def _prefill_spoke_up(self, news: Rejected) -> None:
         """While the request waits for a decode worker, its prefill worker may let go of the blocks."""
         if not news.held:
@@ -270,34 +293,22 @@ class Life:
         self._pause.set(self._patience.pause(at_least), self.wake)
 
     def _start(self, decision: Decision, remedy: Remedy) -> None:
-        """The next generation. The decode worker is told first, so that it expects what the prefill worker offers."""
-        last, params = self._try, self.request.params
-        generation = Generation(last.generation + 1)
-        request = self.request
+        """The next generation."""
+        request, positions = self.request, (0,) * self.request.params.n
         if remedy is Remedy.RESUME:
             request = dataclasses.replace(request, forced=self.assembly.accepted())
-        if remedy is Remedy.REDIRECT:
-            self._try = Try(generation, last.prefill, last.prefill_since, decision.decode, local=False)
-        else:
-            self._try = Try(generation, decision.prefill, generation, decision.decode, decision.local)
-        self.prefill_worker = (self._try.prefill or decision.decode).worker
-        self.decode_worker = decision.decode.worker
+            positions = self.assembly.positions()
+        self._try = self._try.following(decision, keeps_prefill=remedy is Remedy.REDIRECT)
+        self.journal.prefill_worker = (self._try.prefill or decision.decode).worker
+        self.journal.decode_worker = decision.decode.worker
         self._advance(Stage.ROUTED)
-        positions = self.assembly.positions() if remedy is Remedy.RESUME else (0,) * params.n
-        local, lease_s = self._try.local, self._rules.lease_s
-        self._dispatcher.send(decision.decode, Attach(request, generation, local, lease_s, positions))
+        for worker, message in self._try.orders(request, positions, self._rules.lease_s):
+            self._dispatcher.send(worker, message)
         if remedy is Remedy.RESUME:
             self._stop_on_decode(self.assembly.done_choices())
-        if self._try.prefill is not None:
-            decode = decision.decode
-            peer = Peer(decode.worker, decode.epoch, decode.address)
-            if remedy is Remedy.REDIRECT:
-                self._dispatcher.send(self._try.prefill, Redirect(self.id, generation, peer))
-            else:
-                self._dispatcher.send(self._try.prefill, Prefill(request, generation, peer, lease_s))
 
     def _let_go(self, *, keep_prefill: bool) -> None:
-        abort = Abort(self.id, self._try.generation)
+        abort = self._try.abort(self.id)
         if self._try.decode is not None:
             self._dispatcher.send(self._try.decode, abort)
             self._try.decode = None
@@ -308,12 +319,7 @@ class Life:
     # Small steps.
 
     def _situation(self) -> Situation:
-        return Situation(
-            prefill_has_blocks=self._try.prefill is not None and not self._try.adopted,
-            adopted=self._try.adopted or self._try.local,
-            started=self.assembly.is_started,
-            lacks_first=not self._try.local and self.assembly.lacks_first,
-        )
+        return self._try.situation(self.assembly)
 
     def _admit(self, epoch: Epoch, generation: Generation) -> Side | None:
         if self.is_over:
@@ -351,6 +357,8 @@ class Life:
 
     def _no_verdict(self) -> None:
         if not self.is_over and not self._try.adopted:
+            if self._try.decode is not None:
+                self._dispatcher.failed_on(self._try.decode.epoch)
             self._recover(self._situation().again)
 
     def _expire(self) -> None:
@@ -358,47 +366,34 @@ class Life:
         self.fail(DeadlineExceeded(f"not finished within {timeout:g} s; in stage {stage}", stage=stage))
 
     def _advance(self, stage: Stage) -> None:
-        now = self._timers.time()
-        for previous, seconds, entered in self._clock.advance(stage, now):
-            self._listener.stage_changed(
-                StageChange(
-                    request=self.id,
-                    label=self.label,
-                    generation=self._try.generation,
-                    previous=previous,
-                    stage=entered,
-                    seconds=seconds,
-                    at=now,
-                    prefill=self._try.prefill.epoch if self._try.prefill else None,
-                    decode=self._try.decode.epoch if self._try.decode else None,
-                )
-            )
+        self.journal.advance(stage, self._try)
+        if not stage.is_terminal:
+            self._expect()
+
+    def _expect(self) -> None:
+        """There was news: the next is due within this stage's limit."""
+        if self.is_waiting:
+            return
+        situation = self._situation()
+        has_decode = situation.adopted and (not self._try.local or self.stage is Stage.DECODING)
+        is_computed = self.stage is Stage.DECODING if self._try.local else not situation.lacks_first
+        self._watch.allow(self._rules.limits.of(self.stage, is_computed=is_computed, has_decode=has_decode))
 
     def _end(self, stage: Stage, error: TandemError | None) -> None:
         """The one way out. Workers that do not know of the end by themselves are told."""
         if self.is_over:
             return
         self._advance(stage)
+        if stage is Stage.FINISHED:
+            for worker in self._try.workers():
+                self._dispatcher.served_by(worker.epoch)
         decode_knows = (self._try.local or self._try.adopted) and not self.assembly.stopped_choices()
         if not (stage is Stage.FINISHED and decode_knows):
             self._let_go(keep_prefill=False)
         self._need = None
-        self._pause.cancel()
-        self._verdict.cancel()
-        self._deadline.cancel()
+        for alarm in (self._pause, self._verdict, self._deadline):
+            alarm.cancel()
+        self._watch.rest()
         self.buffer.end(error)
-        self._listener.ended(self._end_report())
+        self.journal.close(self.assembly)
         self._dispatcher.ended(self.id)
-
-    def _end_report(self) -> RequestEnd:
-        return RequestEnd(
-            request=self.request,
-            label=self.label,
-            stage=self.stage,
-            finishes=self.assembly.finishes(),
-            num_generated=sum(self.assembly.positions()),
-            num_cached=self.num_cached,
-            num_bytes_moved=self.num_bytes_moved,
-            total_s=self._timers.time() - self._arrived,
-            times=self.times,
-        )

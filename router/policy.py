@@ -34,7 +34,9 @@ class Candidate:
     layout: str
     numerics: str = ""
     is_usable: bool = True
-    """Its stream is alive and it is not draining."""
+    """Its stream is alive, it is well and it is not draining."""
+    is_distrusted: bool = False
+    """It failed most of what it was given lately: it is used only where there is no other decode worker."""
     full_for_s: float = 0.0
     """It refused work lately and asked to be left alone for this long; 0: it takes work."""
     load: Load = field(default_factory=Load)
@@ -157,7 +159,11 @@ class _Scale:
 
 
 def _alive(view: View, role: Role) -> list[Candidate]:
-    return [worker for worker in view.workers if worker.role is role and worker.is_usable]
+    """Those that may be given work: the trusted ones. A prompt can do without prefill workers, but without a decode
+    worker nothing goes on: rather a distrusted one than none."""
+    usable = [worker for worker in view.workers if worker.role is role and worker.is_usable]
+    trusted = [worker for worker in usable if not worker.is_distrusted]
+    return trusted or (usable if role is Role.DECODE else [])
 
 
 def _eligible(view: View, ask: Ask, role: Role) -> list[Candidate]:

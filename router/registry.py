@@ -14,27 +14,19 @@ import asyncio
 import logging
 from collections import Counter
 from collections.abc import Callable, Coroutine, Iterable
-from dataclasses import dataclass, field
 from typing import Protocol
 
 from kvtransfer.ledger.records import WorkerRecord
-from proto.control import (
-    Attach,
-    FromRouter,
-    FromWorker,
-    Hello,
-    LoadReport,
-    ModelCard,
-    Prefill,
-    Role,
-    Welcome,
-)
+from proto.control import FromRouter, FromWorker, Hello, LoadReport, ModelCard, Role, Welcome
 from proto.errors import LayoutMismatch, RemoteProtocolError
 from proto.hashing import BlockHasher
-from proto.ids import Epoch
+from proto.health import HealthReport
+from proto.ids import Epoch, WorkerId
 from proto.layout import WIRE_VERSION
-from router.links import ClientLike, WorkerLink
-from router.policy import Candidate, View
+from router.links import HEALTH_EVERY_S, ClientLike
+from router.member import Member
+from router.policy import View
+from router.trust import Trust
 
 log = logging.getLogger(__name__)
 
@@ -43,6 +35,9 @@ class FleetEvents(Protocol):
     """Who hears of the workers (``flow``)."""
 
     def worker_up(self, epoch: Epoch) -> None: ...
+
+    def worker_back(self, epoch: Epoch) -> None:
+        """Its stream broke and came back: messages may be missing."""
 
     def worker_down(self, epoch: Epoch) -> None: ...
 
@@ -61,86 +56,6 @@ class ModelBook(Protocol):
     def hasher(self) -> BlockHasher: ...
 
 
-@dataclass(slots=True)
-class Sent:
-    """What was sent to a worker and its load reports do not show yet."""
-
-    tokens: int = 0
-    room_tokens: int = 0
-    choices: int = 0
-
-
-@dataclass(slots=True)
-class _Recent:
-    """Two buckets: a report may have been written just before our message came, the one after it was not."""
-
-    older: Sent = field(default_factory=Sent)
-    newer: Sent = field(default_factory=Sent)
-
-    def reported(self) -> None:
-        self.older, self.newer = self.newer, Sent()
-
-    def add(self, message: FromRouter) -> None:
-        match message:
-            case Prefill(request):
-                self.newer.tokens += len(request.prompt)
-            case Attach(request, _, local):
-                self.newer.choices += request.params.n
-                self.newer.room_tokens += len(request.prompt)
-                self.newer.tokens += len(request.prompt) if local else 0
-            case _:
-                pass
-
-    @property
-    def total(self) -> Sent:
-        older, newer = self.older, self.newer
-        return Sent(older.tokens + newer.tokens, older.room_tokens + newer.room_tokens, older.choices + newer.choices)
-
-
-class _Member:
-    """One incarnation of a worker, and the far end of its link's events."""
-
-    def __init__(self, registry: Registry, record: WorkerRecord, client: ClientLike, hello: Hello) -> None:
-        self.record = record
-        self.is_recorded = True
-        self.is_draining = False
-        self.full_until = 0.0
-        self.load = record.load
-        self.recent = _Recent()
-        self.link = WorkerLink(client, hello, self)
-        self._registry = registry
-
-    async def greeted(self, client: ClientLike, welcome: Welcome) -> None:
-        await self._registry.greeted(self, client, welcome)
-
-    def up(self) -> None:
-        self._registry.member_up(self)
-
-    def received(self, message: FromWorker) -> None:
-        self._registry.member_said(self, message)
-
-    def down(self, reason: str) -> None:
-        self._registry.member_down(self, reason)
-
-    def candidate(self, now: float) -> Candidate:
-        sent = self.recent.total
-        record = self.record
-        return Candidate(
-            worker=record.worker,
-            epoch=record.epoch,
-            role=record.role,
-            address=record.address,
-            layout=record.layout,
-            numerics=record.numerics,
-            is_usable=self.link.is_up and not (self.is_draining or record.draining),
-            full_for_s=max(0.0, self.full_until - now),
-            load=self.load,
-            sent_tokens=sent.tokens,
-            sent_room_tokens=sent.room_tokens,
-            sent_choices=sent.choices,
-        )
-
-
 class Registry:
     """Feed it ``records_changed``; it keeps a link to everyone. All calls from one event loop."""
 
@@ -150,12 +65,15 @@ class Registry:
         connect: Callable[[str], ClientLike],
         models: ModelBook,
         clock: Callable[[], float],
+        health_every_s: float = HEALTH_EVERY_S,
     ) -> None:
         self._router_epoch = router_epoch
         self._connect = connect
         self._models = models
         self._clock = clock
-        self._members: dict[Epoch, _Member] = {}
+        self._health_every_s = health_every_s
+        self._members: dict[Epoch, Member] = {}
+        self._trust: dict[WorkerId, Trust] = {}  # a worker that is started again is not trusted more for it
         self._events: FleetEvents | None = None
         self._layout = ""
         self._disagreeing: frozenset[str] = frozenset()
@@ -182,8 +100,8 @@ class Registry:
         return View(workers=workers, layout=self._layout, block_size=block_size)
 
     def troubles(self) -> list[str]:
-        """One line per worker that should be there and is not reached."""
-        return [f"{m.record.worker}: {m.link.trouble}" for m in self._members.values() if not m.link.is_up]
+        """One line per worker that should be there and gets no work."""
+        return [f"{m.record.worker}: {m.trouble}" for m in self._members.values() if m.trouble]
 
     # From the ledger.
 
@@ -202,15 +120,19 @@ class Registry:
                 self._add(record)
             else:
                 self._update(known, record)
+        present_names = {member.record.worker for member in self._members.values()}
+        for name in [name for name, trust in self._trust.items() if name not in present_names and trust.is_untouched]:
+            del self._trust[name]
 
     def _add(self, record: WorkerRecord) -> None:
         hello = Hello(self._router_epoch, record.epoch, WIRE_VERSION)
-        member = _Member(self, record, self._connect(record.address), hello)
+        trust = self._trust.setdefault(record.worker, Trust(self._clock))
+        member = Member(self, record, self._connect(record.address), hello, trust, self._health_every_s)
         self._members[record.epoch] = member
         log.info("%s worker %s at %s (epoch %s)", record.role.value, record.worker, record.address, record.epoch)
         member.link.start(f"link to {record.worker}")
 
-    def _update(self, member: _Member, record: WorkerRecord) -> None:
+    def _update(self, member: Member, record: WorkerRecord) -> None:
         was, member.record = member.record, record
         if not member.link.is_up:
             member.load = record.load  # a live stream's reports are newer
@@ -218,7 +140,7 @@ class Registry:
                 member.link.nudge()
         self._agree()
 
-    def _drop(self, member: _Member, why: str) -> None:
+    def _drop(self, member: Member, why: str) -> None:
         log.info("worker %s (epoch %s): %s", member.record.worker, member.record.epoch, why)
         self._members.pop(member.record.epoch, None)
         self._in_background(member.link.close())
@@ -226,7 +148,7 @@ class Registry:
 
     # From the links.
 
-    async def greeted(self, member: _Member, client: ClientLike, welcome: Welcome) -> None:
+    async def greeted(self, member: Member, client: ClientLike, welcome: Welcome) -> None:
         """Before a worker is used its model is known. Raises TandemError when it is not who the ledger says."""
         record = member.record
         if (welcome.worker, welcome.role) != (record.worker, record.role):
@@ -241,25 +163,44 @@ class Registry:
             raise LayoutMismatch(f"{record.worker} shows layout {card.layout}, the ledger says {record.layout}")
         await self._models.learn(card)
 
-    def member_up(self, member: _Member) -> None:
-        member.is_draining = False
-        member.full_until = 0.0
-        member.recent = _Recent()
+    def member_up(self, member: Member) -> None:
+        member.reset()
         self._agree()
         log.info("connected to %s worker %s", member.record.role.value, member.record.worker)
         if self._events is not None:
             self._events.worker_up(member.record.epoch)
 
-    def member_down(self, member: _Member, reason: str) -> None:
+    def member_back(self, member: Member) -> None:
+        log.warning("the stream to %s worker %s broke and is back", member.record.role.value, member.record.worker)
+        member.reset()
+        self._agree()
+        if self._events is not None:
+            self._events.worker_back(member.record.epoch)
+
+    def member_probed(self, member: Member, report: HealthReport | None) -> None:
+        was = member.sickness
+        member.judge(report)
+        name = member.record.worker
+        if member.sickness != was:
+            log.warning("worker %s: %s", name, member.sickness or "is well again")
+        is_back = member.trust.probed(is_well=report is not None and not member.sickness)
+        if is_back:
+            log.warning("worker %s is given work again", name)
+        if self._events is not None and (is_back or (was and not member.sickness)):
+            self._events.worker_up(member.record.epoch)
+
+    def member_down(self, member: Member, reason: str) -> None:
         is_known = self._members.get(member.record.epoch) is member
         level = logging.WARNING if is_known else logging.INFO  # it was let go before
         log.log(level, "lost %s worker %s: %s", member.record.role.value, member.record.worker, reason)
+        if is_known and not (member.is_draining or member.record.draining):
+            self.note_fault(member.record.epoch)
         if self._events is not None:
             self._events.worker_down(member.record.epoch)
         if is_known and not member.is_recorded:
             self._drop(member, "its stream ended and it is gone from the ledger")
 
-    def member_said(self, member: _Member, message: FromWorker) -> None:
+    def member_said(self, member: Member, message: FromWorker) -> None:
         if isinstance(message, LoadReport):
             member.load = message.load
             member.recent.reported()
@@ -283,6 +224,15 @@ class Registry:
         """It takes nothing new, until its stream comes up again."""
         if member := self._members.get(epoch):
             member.is_draining = True
+
+    def note_fault(self, epoch: Epoch) -> None:
+        """A request's try failed there, or its process is gone."""
+        if (member := self._members.get(epoch)) and member.trust.failed():
+            log.warning("worker %s failed too many requests and is left alone for a while", member.record.worker)
+
+    def note_success(self, epoch: Epoch) -> None:
+        if member := self._members.get(epoch):
+            member.trust.served()
 
     async def close(self) -> None:
         """Closes every link. May be called twice."""

@@ -29,6 +29,7 @@ _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 class ServedModel:
     """Everything here is fixed once made, and may be used from several threads.
 
+    ``templates.render`` makes a conversation a text that has its special tokens: encode it without adding them.
     ``defaults`` are sampling values for requests that name none; ``created`` is in Unix seconds.
     """
 
@@ -99,26 +100,6 @@ class ServedModel:
         """For the tokens generated after ``prompt``."""
         hidden = self._special_ids if skip_special_tokens else frozenset()
         return IncrementalDetokenizer(functools.partial(self.decode, skip_special_tokens=False), prompt, hidden)
-
-    def render_chat(
-        self,
-        messages: Sequence[JsonObject],
-        *,
-        tools: list[Json] | None = None,
-        documents: list[Json] | None = None,
-        add_generation_prompt: bool = True,
-        continue_final_message: bool = False,
-        variables: Mapping[str, Json] | None = None,
-    ) -> str:
-        """See ``ChatTemplates.render``. Its special tokens are in the text: encode it without adding them."""
-        return self.templates.render(
-            messages,
-            tools=tools,
-            documents=documents,
-            add_generation_prompt=add_generation_prompt,
-            continue_final_message=continue_final_message,
-            variables=variables,
-        )
 
     def _token_text(self, token: int) -> str:
         """A token's text as it reads inside a sentence, special or not; U+FFFD for a part of a character."""

@@ -42,7 +42,7 @@ async def render(api: Api, model: ServedModel, conversation: Conversation) -> st
     """The conversation as the prompt's text; a long one in a thread. Raises InvalidRequest."""
 
     def work() -> str:
-        return model.render_chat(
+        return model.templates.render(
             conversation.messages,
             tools=conversation.tools,
             documents=conversation.documents,

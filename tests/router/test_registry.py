@@ -25,6 +25,7 @@ from proto.control import (
 )
 from proto.errors import CheckpointError, NoWorker
 from proto.hashing import BlockHasher
+from proto.health import HealthReport, Phase
 from proto.ids import Epoch, Generation, RequestId, WorkerId
 from proto.lifecycle import Stage
 from proto.request import Request, SamplingParams
@@ -86,6 +87,12 @@ class FakeClient:
         self._network.described.append(found.worker)
         return ModelCard("m", ("m",), "digest", 100, 100, (1,), 16, found.layout, "namespace")
 
+    async def health(self) -> HealthReport:
+        report = self._network.health.get(self._network.find(self._address).worker, HealthReport(Phase.READY, True))
+        if report is None:
+            raise NoWorker("no answer")
+        return report
+
     async def connect(self, hello: Hello) -> FakeStream:
         self._network.num_attempts += 1
         self._network.attempted.set()
@@ -106,6 +113,7 @@ class Network:
         self.hosts: dict[str, WorkerRecord] = {}
         self.streams: dict[Epoch, FakeStream] = {}
         self.described: list[WorkerId] = []
+        self.health: dict[str, HealthReport | None] = {}
         self.num_attempts = 0
         self.num_closed = 0
         self.attempted = asyncio.Event()
@@ -147,7 +155,11 @@ class Fleet:
     def __init__(self) -> None:
         self.network, self.book, self.now = Network(), Book(), 0.0
         self.registry = Registry(
-            Epoch("router"), lambda address: FakeClient(self.network, address), self.book, lambda: self.now
+            Epoch("router"),
+            lambda address: FakeClient(self.network, address),
+            self.book,
+            lambda: self.now,
+            health_every_s=0.001,
         )
         self.registry.subscribe(self)
         self.heard: list[tuple[str, str]] = []
@@ -156,6 +168,10 @@ class Fleet:
 
     def worker_up(self, epoch: Epoch) -> None:
         self.heard.append(("up", epoch))
+        self._news.set()
+
+    def worker_back(self, epoch: Epoch) -> None:
+        self.heard.append(("back", epoch))
         self._news.set()
 
     def worker_down(self, epoch: Epoch) -> None:
@@ -171,6 +187,12 @@ class Fleet:
             while not condition():
                 self._news.clear()
                 await self._news.wait()
+
+    async def until_polled(self, condition: Callable[[], bool]) -> None:
+        """For what no event tells of."""
+        async with asyncio.timeout(10):
+            while not condition():  # noqa: ASYNC110
+                await asyncio.sleep(0.001)
 
     async def up(self, *records: WorkerRecord) -> None:
         """These are on the ledger and can be reached; waits until they are connected."""
@@ -219,18 +241,90 @@ async def test_messages_go_to_the_flow_and_loads_stay(fleet: Fleet) -> None:
     assert len(stream.sent) == 1
 
 
-async def test_a_stream_that_breaks_is_told_and_comes_back(fleet: Fleet) -> None:
+async def test_a_stream_that_breaks_for_a_moment_comes_back(fleet: Fleet) -> None:
     await fleet.up(record("d1"))
     fleet.network.streams[Epoch("epoch-d1")].say(None)
+    await fleet.until(lambda: ("back", "epoch-d1") in fleet.heard)
+    assert fleet.heard == [("up", "epoch-d1"), ("back", "epoch-d1")]
+    assert fleet.one("d1").is_usable
+
+
+async def test_what_is_sent_while_a_stream_is_broken_is_kept(fleet: Fleet) -> None:
+    await fleet.up(record("d1"))
+    first = fleet.network.streams[Epoch("epoch-d1")]
+    first.say(None)
+    await fleet.network.hung_up.wait()
+    assert not fleet.one("d1").is_usable
+    fleet.registry.send(Epoch("epoch-d1"), Attach(REQUEST, Generation(1), False, 30.0))
+    await fleet.until(lambda: ("back", "epoch-d1") in fleet.heard)
+    second = fleet.network.streams[Epoch("epoch-d1")]
+    assert (len(first.sent), len(second.sent)) == (0, 1)
+
+
+async def test_a_worker_that_does_not_answer_at_once_is_lost(fleet: Fleet) -> None:
+    await fleet.up(record("d1"))
+    del fleet.network.hosts["d1:1"]
+    fleet.network.streams[Epoch("epoch-d1")].say(None)
+    await fleet.until(lambda: ("down", "epoch-d1") in fleet.heard)
+    fleet.network.host(record("d1"))
     await fleet.until(lambda: fleet.heard.count(("up", "epoch-d1")) == 2)
     assert fleet.heard == [("up", "epoch-d1"), ("down", "epoch-d1"), ("up", "epoch-d1")]
+
+
+async def test_a_worker_that_makes_no_progress_gets_no_work_until_it_does(fleet: Fleet) -> None:
+    await fleet.up(record("d1"))
+    fleet.network.health["d1"] = HealthReport(Phase.READY, False, "no step for 60 s")
+    await fleet.until_polled(lambda: not fleet.one("d1").is_usable)
+    assert fleet.registry.troubles() == ["d1: no step for 60 s"]
+    fleet.network.health["d1"] = HealthReport(Phase.READY, True)
+    await fleet.until(lambda: fleet.heard.count(("up", "epoch-d1")) == 2)
     assert fleet.one("d1").is_usable
+    assert fleet.registry.troubles() == []
+
+
+async def test_a_worker_that_answers_no_probe_is_sick_too(fleet: Fleet) -> None:
+    await fleet.up(record("d1"))
+    fleet.network.health["d1"] = None
+    await fleet.until_polled(lambda: not fleet.one("d1").is_usable)
+    assert "did not answer" in fleet.registry.troubles()[0]
+
+
+async def test_a_worker_that_says_it_drains_is_left_alone_and_not_sick(fleet: Fleet) -> None:
+    await fleet.up(record("d1"))
+    fleet.network.health["d1"] = HealthReport(Phase.DRAINING, False)
+    await fleet.until_polled(lambda: not fleet.one("d1").is_usable)
+    assert fleet.registry.troubles() == []
+
+
+async def test_a_worker_that_fails_too_much_is_distrusted_until_a_probe(fleet: Fleet) -> None:
+    await fleet.up(record("d1"), record("d2"))
+    fleet.network.health["d1"] = HealthReport(Phase.READY, False, "stalled")
+    for _ in range(5):
+        fleet.registry.note_fault(Epoch("epoch-d1"))
+    fleet.registry.note_success(Epoch("epoch-d2"))
+    assert (fleet.one("d1").is_distrusted, fleet.one("d2").is_distrusted) == (True, False)
+    fleet.now = 1000.0
+    await fleet.until_polled(lambda: not fleet.one("d1").is_usable)
+    assert fleet.one("d1").is_distrusted
+    fleet.now = 2000.0
+    fleet.network.health.clear()
+    await fleet.until_polled(lambda: not fleet.one("d1").is_distrusted)
+    assert fleet.one("d1").is_usable
+
+
+async def test_a_new_incarnation_inherits_its_name(fleet: Fleet) -> None:
+    await fleet.up(record("d1"))
+    for _ in range(5):
+        fleet.registry.note_fault(Epoch("epoch-d1"))
+    await fleet.up(record("d1", epoch="second"))
+    assert fleet.one("d1").is_distrusted
 
 
 async def test_a_missing_record_ejects_nobody_whose_stream_is_alive(fleet: Fleet) -> None:
     await fleet.up(record("p1"), record("d1"))
     fleet.registry.records_changed([record("p1")])
     assert fleet.one("d1").is_usable
+    del fleet.network.hosts["d1:1"]
     fleet.network.streams[Epoch("epoch-d1")].say(None)
     await fleet.until(lambda: ("down", "epoch-d1") in fleet.heard)
     assert [each.worker for each in fleet.registry.view().workers] == ["p1"]

@@ -28,6 +28,7 @@ from proto.request import FinishReason, SamplingParams, TokenOut
 from router.admission import Admission
 from router.attempt import RequestEnd, Rules
 from router.contract import NewRequest
+from router.deadlines import StageLimits
 from router.flow import Flow, RequestStream
 from router.policy import Candidate, View, Weights
 from router.prefix_index import PrefixIndex
@@ -96,6 +97,8 @@ class FakeFleet:
     def __init__(self, *workers: Candidate, timers: FakeTimers) -> None:
         self.workers = {worker.epoch: worker for worker in workers}
         self.sent: list[tuple[str, FromRouter]] = []
+        self.faults: list[str] = []
+        self.successes: list[str] = []
         self._timers = timers
         self._full_until: dict[Epoch, float] = {}
 
@@ -121,6 +124,12 @@ class FakeFleet:
 
     def mark_draining(self, epoch: Epoch) -> None:
         self.workers[epoch] = dataclasses.replace(self.workers[epoch], is_usable=False)
+
+    def note_fault(self, epoch: Epoch) -> None:
+        self.faults.append(epoch.removeprefix("epoch-"))
+
+    def note_success(self, epoch: Epoch) -> None:
+        self.successes.append(epoch.removeprefix("epoch-"))
 
 
 class Recorder:
@@ -163,7 +172,7 @@ class Recorder:
 class House:
     """A flow over a scripted fleet: ``House("p1", "d1", "d2")`` has one prefill and two decode workers."""
 
-    def __init__(self, *names: str, threshold: int = 0, max_inflight: int = 100, **rules: float) -> None:
+    def __init__(self, *names: str, threshold: int = 0, max_inflight: int = 100, **rules: float | StageLimits) -> None:
         self.timers = FakeTimers()
         roles = {"p": Role.PREFILL, "d": Role.DECODE}
         self.fleet = FakeFleet(*(candidate(name, roles[name[0]]) for name in names), timers=self.timers)
@@ -228,6 +237,10 @@ class House:
         epoch = Epoch(f"epoch-{name}")
         del self.fleet.workers[epoch]
         self.flow.worker_down(epoch)
+
+    def blink(self, name: str) -> None:
+        """Its stream breaks and is there again."""
+        self.flow.worker_back(Epoch(f"epoch-{name}"))
 
     def join(self, name: str, role: Role) -> None:
         worker = candidate(name, role)
