@@ -20,6 +20,7 @@ from engine import checkpoint, machine, sizing
 from engine.batch import Row, SampleSpec, StepBatch
 from engine.config_file import ConfigFile
 from engine.core import EngineCore
+from engine.cores import usable_cores
 from engine.facts import EngineFacts
 from engine.families import ModelSpec, read_eos, read_spec
 from engine.kv_memory import KvMemory
@@ -132,7 +133,7 @@ def _set_threads(wish: int | None, device: torch.device) -> None:
     if wish is not None:
         torch.set_num_threads(wish)
     elif device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(min(torch.get_num_threads(), machine.usable_cores()))
+        torch.set_num_threads(min(torch.get_num_threads(), usable_cores()))
 
 
 def _dtype(settings: ModelSettings, config: ConfigFile, folder: Path) -> torch.dtype:

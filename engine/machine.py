@@ -1,8 +1,7 @@
-"""What the machine offers: cores, memory, instruction sets. Reads /proc and cgroup files; changes nothing."""
+"""What the machine offers to an engine: memory, instruction sets. Reads /proc and cgroup files; changes nothing."""
 
 from __future__ import annotations
 
-import math
 import os
 import platform
 from pathlib import Path
@@ -10,15 +9,6 @@ from pathlib import Path
 import torch
 
 _CGROUP = Path("/sys/fs/cgroup")
-
-
-def usable_cores() -> int:
-    """Cores this process may run on: its affinity, cut by a container's CPU quota."""
-    cores = len(os.sched_getaffinity(0)) if platform.system() == "Linux" else os.cpu_count() or 1
-    fields = _read(_CGROUP / "cpu.max").split()
-    if len(fields) == 2 and fields[0].isdigit():
-        cores = min(cores, max(1, math.ceil(int(fields[0]) / int(fields[1]))))
-    return cores
 
 
 def available_memory(device: torch.device) -> int:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING
 
-from tandem.version import __version__
+from proto.version import __version__
 
 if TYPE_CHECKING:
     from proto.request import SamplingParams

@@ -98,7 +98,7 @@ class LLM:
         conversations = _conversations(messages)
         texts_and_ids: list[tuple[str | None, tuple[int, ...]]] = []
         for conversation in conversations:
-            text = self._model.render_chat(
+            text = self._model.templates.render(
                 conversation,
                 tools=tools,
                 add_generation_prompt=add_generation_prompt,
@@ -109,7 +109,7 @@ class LLM:
         return self._run(texts_and_ids, _per_prompt(sampling_params, len(texts_and_ids)), use_tqdm)
 
     def get_tokenizer(self) -> ServedModel:
-        """What turns text to ids and back: ``encode``, ``decode``, ``render_chat``."""
+        """What turns text to ids and back: ``encode``, ``decode``, ``templates.render``."""
         return self._model
 
     def get_default_sampling_params(self) -> SamplingParams:

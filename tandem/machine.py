@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from engine.cores import usable_cores
 from proto.settings import EngineSettings
 
 
@@ -28,14 +29,12 @@ class Share:
 
 def this_machine(environ: Mapping[str, str] = os.environ, drivers: Path = Path("/proc/driver/nvidia/gpus")) -> Machine:
     """Cores by affinity and cgroup limit; GPUs by CUDA_VISIBLE_DEVICES if set, else all that NVIDIA's driver lists."""
-    cores = len(os.sched_getaffinity(0))
-    limit = _cgroup_cores(Path("/sys/fs/cgroup/cpu.max"))
     named = environ.get("CUDA_VISIBLE_DEVICES")
     if named is not None:
         gpus = tuple(gpu.strip() for gpu in named.split(",") if gpu.strip() not in ("", "-1"))
     else:
         gpus = tuple(str(number) for number in range(len(list(drivers.iterdir())))) if drivers.is_dir() else ()
-    return Machine(cores if limit is None else min(cores, limit), gpus)
+    return Machine(usable_cores(), gpus)
 
 
 def threads_per_worker(cores: int, num_workers: int) -> int:
@@ -64,12 +63,3 @@ def shares(machine: Machine, engine: EngineSettings, num_workers: int) -> list[S
             )
         )
     return made
-
-
-def _cgroup_cores(path: Path) -> int | None:
-    """The whole cores of a container's CPU quota, at least one; None without a quota."""
-    try:
-        quota, period = path.read_text().split()
-    except (OSError, ValueError):
-        return None
-    return None if quota == "max" else max(1, int(quota) // int(period))

@@ -76,7 +76,8 @@ class RouterMetrics(MetricsPage):
 
     def set_model(self, model_name: str) -> None:
         self._model = model_name
-        self._vllm.touch(model_name)
+        if model_name:  # or a series without a model would stay on the page for ever
+            self._vllm.touch(model_name)
 
     def http_request(self, handler: str, method: str, status: int, seconds: float) -> None:
         """``handler`` is the route, not the path, so that there are few."""
@@ -131,6 +132,8 @@ class RouterMetrics(MetricsPage):
         """The latest load of every worker that takes requests."""
         for role in Role:
             self._workers.labels(role.value).set(len(loads.get(role, ())))
+        if not self._model:
+            return
         every = [load for of_role in loads.values() for load in of_role]
         self._vllm.running.labels(self._model).set(sum(load.num_running for load in every))
         self._vllm.waiting.labels(self._model).set(sum(load.num_waiting for load in every))

@@ -152,19 +152,19 @@ def test_a_model_without_tokenizer_json_says_what_to_do() -> None:
 def test_template_sources_in_their_order(tmp_path: Path) -> None:
     embedded = {"tokenizer_config.json": json.dumps({"chat_template": "embedded"}).encode()}
     message = [{"role": "user", "content": "x"}]
-    assert served_model(embedded, template=None).render_chat(message) == "embedded"
-    assert served_model(embedded, template="file").render_chat(message) == "file"
+    assert served_model(embedded, template=None).templates.render(message) == "embedded"
+    assert served_model(embedded, template="file").templates.render(message) == "file"
     override = tmp_path / "mine.jinja"
     override.write_text("mine")
-    assert ServedModel.from_card(model_card(embedded), chat_template=str(override)).render_chat(message) == "mine"
+    assert ServedModel.from_card(model_card(embedded), chat_template=str(override)).templates.render(message) == "mine"
 
 
 def test_named_templates_of_the_configuration() -> None:
     named = [{"name": "default", "template": "D"}, {"name": "tool_use", "template": "T"}]
     model = served_model({"tokenizer_config.json": json.dumps({"chat_template": named}).encode()}, template=None)
     message = [{"role": "user", "content": "x"}]
-    assert model.render_chat(message) == "D"
-    assert model.render_chat(message, tools=[{"type": "function"}]) == "T"
+    assert model.templates.render(message) == "D"
+    assert model.templates.render(message, tools=[{"type": "function"}]) == "T"
 
 
 def test_names_fall_back_to_the_model() -> None:

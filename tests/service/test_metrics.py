@@ -137,6 +137,8 @@ def test_the_router_s_load_is_of_all_workers() -> None:
 
 def test_a_router_that_learns_its_model_counts_under_its_name() -> None:
     metrics = RouterMetrics()
+    metrics.set_workers({})
+    assert "model_name" not in metrics.render().decode(), "a nameless series would stay on the page for ever"
     metrics.set_model("later")
     metrics.finished(summary())
     assert value(metrics, "vllm:prompt_tokens_total", model_name="later") == 100

@@ -58,8 +58,8 @@ def test_python_dash_m_is_the_command() -> None:
 def test_the_version_is_the_packages(capsys: pytest.CaptureFixture[str]) -> None:
     import tomllib
 
-    project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
-    assert project["version"] == tandem.__version__
+    package = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())
+    assert package["tool"]["setuptools"]["dynamic"]["version"] == {"attr": "proto.version.__version__"}
     assert run(capsys, "--version") == (0, f"tandem {tandem.__version__}\n", "")
 
 
