@@ -11,7 +11,7 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -26,8 +26,9 @@ from engine.families import ModelSpec, read_eos, read_spec
 from engine.kv_memory import KvMemory
 from engine.model import Decoder
 from engine.runner import Runner
-from engine.weights import DummySource, SafetensorsSource, WeightSource, stored_dtype
+from engine.weights import DummySource, MeasuringSource, SafetensorsSource, WeightSource, stored_dtype
 from kernels import dispatch
+from kernels.reference import DenseLinear
 from proto.control import ModelCard
 from proto.errors import SettingsError
 from proto.hashing import BlockHasher, hash_key
@@ -109,6 +110,7 @@ def load_engine_parts(settings: EngineSettings, on_phase: Callable[[str, float],
     with phase("weights"):
         source = _source(settings.model, folder, dtype, device)
         kernels = dispatch.choose(device, dtype)
+        _check_weights_fit(spec, dtype, device)
         model = Decoder(spec, source, kernels, device)
         digest = source.digest(repr(spec))
     with phase("memory"):
@@ -153,6 +155,15 @@ def _source(settings: ModelSettings, folder: Path, dtype: torch.dtype, device: t
     if settings.load_format == "dummy":
         return DummySource(settings.seed, dtype, device)
     return SafetensorsSource(folder, dtype, device)
+
+
+def _check_weights_fit(spec: ModelSpec, dtype: torch.dtype, device: torch.device) -> None:
+    """Builds the model once without its memory: what it takes is counted by the code that takes it."""
+    counted = MeasuringSource(dtype)
+    without_copies = replace(dispatch.REFERENCE, linear=lambda parts, bias: DenseLinear(parts[0], bias))
+    Decoder(spec, counted, without_copies, torch.device("cpu"))
+    name = str(dtype).removeprefix("torch.")
+    sizing.check_weights(counted.num_parameters, dtype.itemsize, name, machine.available_memory(device), str(device))
 
 
 def _eos(folder: Path, config: ConfigFile) -> tuple[int, ...]:

@@ -132,12 +132,15 @@ class Decoder:
         self.kernels = kernels
         self._rope = Rope(spec.rope, spec.head_dim, device)
         table = (spec.vocab_size, spec.hidden_size)
-        embedding = source.take(["model.embed_tokens.weight"], table)
+        self._embedding: Linear
+        if spec.tie_embeddings:
+            self._head = kernels.linear(source.parts(["model.embed_tokens.weight"], table), None)
+            self._embedding = self._head
+        else:
+            self._head = kernels.linear(source.parts(["lm_head.weight"], table), None)
+            self._embedding = DenseLinear(source.take(["model.embed_tokens.weight"], table), None)
         self._layers = [Layer(spec, layer, source, kernels) for layer in range(spec.num_layers)]
         self._norm = source.take(["model.norm.weight"], (spec.hidden_size,))
-        head = embedding if spec.tie_embeddings else source.take(["lm_head.weight"], table)
-        self._head = kernels.linear(head, None)
-        self._embedding = self._head if spec.tie_embeddings else DenseLinear(embedding, None)
 
     @torch.inference_mode()
     def forward(self, step: StepInputs, kv: Tensor) -> Tensor:
@@ -152,5 +155,5 @@ class Decoder:
 
 
 def _linear(kernels: Kernels, source: WeightSource, names: list[str], rows: int, columns: int, bias: bool) -> Linear:
-    weight = source.take([f"{name}.weight" for name in names], (rows, columns))
+    weight = source.parts([f"{name}.weight" for name in names], (rows, columns))
     return kernels.linear(weight, source.take([f"{name}.bias" for name in names], (rows,)) if bias else None)

@@ -69,6 +69,17 @@ def wanted_length(max_model_len: int | None, max_context: int) -> int:
     return max_model_len
 
 
+def check_weights(num_parameters: int, itemsize: int, dtype: str, available: int, device: str) -> None:
+    """Raises DoesNotFit, with the arithmetic, where weights of ``dtype`` exceed the ``available`` bytes."""
+    needed = num_parameters * itemsize
+    if needed > available:
+        smaller = "" if itemsize <= 2 else " or choose dtype bfloat16"
+        raise DoesNotFit(
+            f"The weights do not fit: {num_parameters:,} parameters x {itemsize} bytes ({dtype}) = {_gib(needed)}; "
+            f"{_gib(available)} of memory are available on {device}. Free memory, take a smaller model{smaller}."
+        )
+
+
 def make_room(
     layout: KvLayout,
     cache: CacheSettings,

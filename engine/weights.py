@@ -28,9 +28,12 @@ _POOL = 1_048_573
 class WeightSource(Protocol):
     """Gives tensors by their checkpoint names, in the engine's dtype and on its device."""
 
+    def parts(self, names: Sequence[str], shape: tuple[int, ...]) -> Sequence[Tensor]:
+        """The tensors ``names``, which one below the other have ``shape``, for whoever copies them at once: they may
+        be views of a file. Raises CheckpointError for a missing tensor or a wrong shape."""
+
     def take(self, names: Sequence[str], shape: tuple[int, ...]) -> Tensor:
-        """The tensors ``names``, one below the other, as one of ``shape``; each has an equal share of the rows unless
-        their own sizes say otherwise. Raises CheckpointError for a missing tensor or a wrong shape."""
+        """The same as one tensor of its own."""
 
     def digest(self, essentials: str) -> str:
         """Names the model: of ``essentials``, the dtype and all tensors taken so far."""
@@ -59,7 +62,7 @@ class SafetensorsSource:
         self._file_of = _locate_tensors(folder)
         self._samples: dict[str, bytes] = {}
 
-    def take(self, names: Sequence[str], shape: tuple[int, ...]) -> Tensor:
+    def parts(self, names: Sequence[str], shape: tuple[int, ...]) -> Sequence[Tensor]:
         parts = [self._stored(name) for name in names]
         rows = sum(part.shape[0] for part in parts)
         for name, part in zip(names, parts, strict=True):
@@ -69,13 +72,11 @@ class SafetensorsSource:
                     f"{self._folder / self._file_of[name]}: tensor {', '.join(names)} has shape {found}, "
                     f"config.json asks for {list(shape)}."
                 )
-        out = torch.empty(shape, dtype=self._dtype, device=self._device)
-        start = 0
-        for name, part in zip(names, parts, strict=True):
-            self._samples[name] = _sample(part)
-            out[start : start + part.shape[0]].copy_(part)
-            start += part.shape[0]
-        return out
+        self._samples |= {name: _sample(part) for name, part in zip(names, parts, strict=True)}
+        return [part.to(self._device, self._dtype) for part in parts]
+
+    def take(self, names: Sequence[str], shape: tuple[int, ...]) -> Tensor:
+        return torch.cat(list(self.parts(names, shape)))
 
     def digest(self, essentials: str) -> str:
         return _digest(essentials, self._dtype, self._samples)
@@ -98,6 +99,25 @@ class SafetensorsSource:
                 f"{self._folder / file}: tensor {name} is {tensor.dtype}; quantised weights are not supported."
             )
         return tensor
+
+
+class MeasuringSource:
+    """Gives views of a single number, and counts what whole tensors would hold. (Torch's meta device, which is made for
+    this, takes seconds to import.)"""
+
+    def __init__(self, dtype: torch.dtype) -> None:
+        self._dtype = dtype
+        self.num_parameters = 0
+
+    def parts(self, names: Sequence[str], shape: tuple[int, ...]) -> Sequence[Tensor]:
+        return [self.take(names, shape)]
+
+    def take(self, names: Sequence[str], shape: tuple[int, ...]) -> Tensor:
+        self.num_parameters += math.prod(shape)
+        return torch.zeros((), dtype=self._dtype).expand(shape)
+
+    def digest(self, essentials: str) -> str:
+        return _digest(essentials, self._dtype, {})
 
 
 class DummySource:
@@ -128,6 +148,9 @@ class DummySource:
                 part.copy_(rolled[: part.numel()])
         self._samples[names[0]] = _sample(out)
         return out
+
+    def parts(self, names: Sequence[str], shape: tuple[int, ...]) -> Sequence[Tensor]:
+        return [self.take(names, shape)]
 
     def digest(self, essentials: str) -> str:
         return _digest(f"dummy {self._seed} {essentials}", self._dtype, self._samples)

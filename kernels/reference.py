@@ -7,7 +7,7 @@ Knows shapes and strides; knows nothing of models, sequences or who owns a block
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -39,9 +39,10 @@ class DenseLinear:
         return F.embedding(index, self.weight)
 
 
-def linear(weight: Tensor, bias: Tensor | None) -> Linear:
-    """The map ``x [tokens, in]`` to ``x @ weight [out, in].T + bias [out]``. May keep ``weight`` or a copy."""
-    return DenseLinear(weight, bias)
+def linear(parts: Sequence[Tensor], bias: Tensor | None) -> Linear:
+    """The map ``x [tokens, in]`` to ``x @ weight [out, in].T + bias [out]``; ``parts`` are the weight, one below the
+    other. They are copied: the caller may let go of what they lie in."""
+    return DenseLinear(torch.cat(list(parts)), bias)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

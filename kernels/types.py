@@ -54,7 +54,7 @@ class Kernels:
     """
 
     name: str
-    linear: Callable[[Tensor, Tensor | None], Linear]
+    linear: Callable[[Sequence[Tensor], Tensor | None], Linear]
     rms_norm: Callable[[Tensor, Tensor, float], Tensor]
     rotate: Callable[[Tensor, Tensor, Tensor], Tensor]
     gate: Callable[[Tensor, str], Tensor]

@@ -8,6 +8,7 @@
  * result does not depend on its batch.
  */
 #include "tiles.h"
+#include "vector.h"
 #include <stdlib.h>
 #include <sys/syscall.h>
 #include <unistd.h>
@@ -21,18 +22,34 @@ int allow_tiles(void) {
     return syscall(SYS_arch_prctl, ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA) == 0;
 }
 
-/* weight [n, k] to packed [n / 16 (rounded up to even), k / 32, 16, 32] */
-int pack_weight(const uint16_t *weight, uint16_t *packed, int64_t n, int64_t k, int threads) {
-    int64_t steps = k / DEPTH, tiles = (n + 2 * TILE - 1) / (2 * TILE) * 2;
+/* 16 rows of weights, k / 2 pairs each, to one row of tiles: 16 x 16 pairs at a time, transposed in registers. */
+static void pack_16(const uint32_t *rows, uint32_t *out, int64_t pairs) {
+    for (int64_t p = 0; p < pairs; p += TILE) {
+        __m512i words[TILE];
+        for (int64_t c = 0; c < TILE; c++)
+            words[c] = _mm512_loadu_si512(rows + c * pairs + p);
+        transpose(words);
+        for (int64_t r = 0; r < TILE; r++)
+            _mm512_store_si512(out + (p + r) * TILE, words[r]);
+    }
+}
+
+/* Rows first .. first + rows - 1 of W, from weight [rows, k], to their places in packed [n / 16 (rounded up to even),
+ * k / 32, 16, 32]. Of rows beyond n nothing is written. */
+int pack_weight(const uint16_t *weight, uint16_t *packed, int64_t first, int64_t rows, int64_t k, int threads) {
+    int64_t pairs = k / 2, last = first + rows;
 #pragma omp parallel for num_threads(threads)
-    for (int64_t i = 0; i < tiles; i++)
-        for (int64_t c = 0; c < TILE; c++) {
-            int64_t row = i * TILE + c;
-            const uint32_t *pairs = (const uint32_t *)(weight + row * k);
-            uint32_t *out = (uint32_t *)packed + i * steps * 256 + c;
-            for (int64_t p = 0; p < k / 2; p++)
-                out[p * TILE] = row < n ? pairs[p] : 0;
+    for (int64_t tile = first / TILE; tile <= (last - 1) / TILE; tile++) {
+        uint32_t *out = (uint32_t *)packed + tile * pairs * TILE;
+        const uint32_t *from = (const uint32_t *)weight + (tile * TILE - first) * pairs;
+        if (tile * TILE >= first && (tile + 1) * TILE <= last) {
+            pack_16(from, out, pairs);
+            continue;
         }
+        for (int64_t c = 0; c < TILE; c++)
+            for (int64_t p = 0; p < pairs && tile * TILE + c >= first && tile * TILE + c < last; p++)
+                out[p * TILE + c] = from[c * pairs + p];
+    }
     return 0;
 }
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from kernels import reference
 from kernels.cpu import library
+from kernels.cpu.memory import empty_weights
 from kernels.types import Linear, Ragged
 
 _Function = Callable[..., int]
@@ -26,7 +27,7 @@ class NativeKernels:
     """Functions of one loaded library. Uses as many threads as torch is set to."""
 
     def __init__(self, functions: ctypes.CDLL) -> None:
-        self._pack = _declare(functions, "pack_weight", 2, 2, c_int)
+        self._pack = _declare(functions, "pack_weight", 2, 3, c_int)
         self._linear = _declare(functions, "linear", 4, 3, c_int)
         self._attend = _declare(functions, "attend", 6, 10, c_float, c_int)
         self._rms_norm = _declare(functions, "rms_norm", 3, 4, c_float, c_int)
@@ -34,10 +35,10 @@ class NativeKernels:
         self._gumbel = _declare(functions, "gumbel", 2, 2, c_int)
         self._gate_silu = _declare(functions, "gate_silu", 2, 2, c_int)
 
-    def linear(self, weight: Tensor, bias: Tensor | None) -> Linear:
-        if weight.shape[1] % 32:
-            return reference.linear(weight, bias)
-        return PackedLinear(self._pack, self._linear, weight, bias)
+    def linear(self, parts: Sequence[Tensor], bias: Tensor | None) -> Linear:
+        if parts[0].shape[1] % 32:
+            return reference.linear(parts, bias)
+        return PackedLinear(self._pack, self._linear, parts, bias)
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         tokens, heads, n = (x.shape[0], 1, x.shape[1]) if x.dim() == 2 else x.shape
@@ -106,13 +107,18 @@ class NativeKernels:
 class PackedLinear:
     """A matrix in the order in which tiles consume it; the original is not kept."""
 
-    def __init__(self, pack: _Function, multiply: _Function, weight: Tensor, bias: Tensor | None) -> None:
-        rows, columns = weight.shape
+    def __init__(self, pack: _Function, multiply: _Function, parts: Sequence[Tensor], bias: Tensor | None) -> None:
+        columns = parts[0].shape[1]
         self._multiply = multiply
-        self._rows = rows
+        self._rows = sum(part.shape[0] for part in parts)
         self._bias = bias
-        self._packed = torch.empty((-(-rows // 32) * 2, columns // 2, 16, 2), dtype=weight.dtype)
-        pack(weight.data_ptr(), self._packed.data_ptr(), rows, columns, torch.get_num_threads())
+        self._packed = empty_weights((-(-self._rows // 32) * 2, columns // 2, 16, 2), parts[0].dtype)
+        self._packed[self._rows // 16 :] = 0
+        first = 0
+        for part in parts:
+            part = part.contiguous()
+            pack(part.data_ptr(), self._packed.data_ptr(), first, part.shape[0], columns, torch.get_num_threads())
+            first += part.shape[0]
 
     def __call__(self, x: Tensor) -> Tensor:
         x = x.contiguous()

@@ -11,9 +11,12 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
+from engine import machine
 from engine.batch import Row, StepBatch
 from engine.build import EngineParts, load_engine_parts
+from engine.weights import DummySource, SafetensorsSource
 from proto.errors import CheckpointError, DoesNotFit, SettingsError
 from proto.settings import CacheSettings, EngineSettings, ModelSettings, SchedulerSettings
 from tests.support.checkpoints import make_checkpoint
@@ -138,6 +141,23 @@ def test_errors_say_what_to_change(tmp_path: Path) -> None:
         build(tmp_path / "m", max_model_len=5000)
     with pytest.raises(DoesNotFit, match="At most 32 tokens"):
         build(tmp_path / "m", CacheSettings(num_gpu_blocks_override=2), max_model_len=64)
+
+
+@pytest.mark.parametrize("load_format", ["auto", "dummy"])
+def test_weights_that_do_not_fit_are_refused_before_any_is_read(
+    load_format: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = make_checkpoint(tmp_path, dtype="bfloat16", tie_word_embeddings=False)
+    stored = load_file(folder / "model.safetensors")
+    num_parameters = sum(tensor.numel() for tensor in stored.values())
+    taken: list[object] = []
+    monkeypatch.setattr(SafetensorsSource, "parts", lambda *given: taken.append(given))
+    monkeypatch.setattr(DummySource, "take", lambda *given: taken.append(given))
+    monkeypatch.setattr(machine, "available_memory", lambda device: 4 * num_parameters - 1)
+    expected = rf"{num_parameters:,} parameters x 4 bytes \(float32\) = 0\.\d MiB; 0\.\d MiB of memory are available"
+    with pytest.raises(DoesNotFit, match=expected):
+        build(folder, dtype="float32", load_format=load_format)
+    assert not taken
 
 
 def test_a_missing_shard_is_named(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from engine.sizing import DEFAULT_CPU_BYTES, GIB, Room, StepLimits, make_room, step_limits, wanted_length
+from engine.sizing import DEFAULT_CPU_BYTES, GIB, Room, StepLimits, check_weights, make_room, step_limits, wanted_length
 from proto.errors import DoesNotFit, SettingsError
 from proto.layout import KvLayout
 from proto.settings import CacheSettings, SchedulerSettings
@@ -84,3 +84,11 @@ def test_step_limits() -> None:
         step_limits(SchedulerSettings(enable_chunked_prefill=False, max_num_batched_tokens=100), "cpu", 4096)
     with pytest.raises(SettingsError, match="max_num_seqs"):
         step_limits(SchedulerSettings(max_num_seqs=64, max_num_batched_tokens=32), "cpu", 4096)
+
+
+def test_weights_against_memory() -> None:
+    check_weights(7_000_000_000, 2, "bfloat16", 14_000_000_000, "cpu")
+    with pytest.raises(DoesNotFit, match=r"7,000,000,000 parameters x 2 bytes \(bfloat16\) = 13\.04 GiB; 8\.00 GiB"):
+        check_weights(7_000_000_000, 2, "bfloat16", 8 * GIB, "cpu")
+    with pytest.raises(DoesNotFit, match="choose dtype bfloat16"):
+        check_weights(7_000_000_000, 4, "float32", 8 * GIB, "cpu")

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from engine.weights import DummySource, SafetensorsSource, stored_dtype
+from engine.weights import DummySource, MeasuringSource, SafetensorsSource, stored_dtype
 from proto.errors import CheckpointError
 from tests.support.checkpoints import make_checkpoint
 
@@ -36,6 +36,24 @@ def test_shards_give_what_one_file_gives(tmp_path: Path) -> None:
         fused = source(folder).take([QUERY, KEY], (96, 64))
         assert torch.equal(fused, torch.cat((stored[QUERY], stored[KEY])))
     assert digest(whole) == digest(shards)
+
+
+def test_parts_are_the_whole_in_pieces_and_the_whole_is_a_copy(tmp_path: Path) -> None:
+    opened = source(make_checkpoint(tmp_path))
+    parts = opened.parts([QUERY, KEY], (96, 64))
+    assert [part.shape[0] for part in parts] == [64, 32]
+    assert torch.equal(torch.cat(list(parts)), opened.take([QUERY, KEY], (96, 64)))
+    opened.take([QUERY], (64, 64)).zero_()
+    assert opened.take([QUERY], (64, 64)).any()
+    digests = [opened.digest("spec"), digest(tmp_path)]
+    assert digests[0] != digests[1], "the norm was not taken here"
+
+
+def test_measuring_counts_and_allocates_nothing() -> None:
+    measured = MeasuringSource(torch.bfloat16)
+    assert measured.take(["a"], (1 << 40, 1 << 10)).untyped_storage().nbytes() == 2
+    assert [part.shape for part in measured.parts(["b", "c"], (6, 4))] == [(6, 4)]
+    assert measured.num_parameters == (1 << 50) + 24
 
 
 def test_any_safetensors_file_will_do_but_the_consolidated_one(tmp_path: Path) -> None:

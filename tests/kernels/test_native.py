@@ -38,7 +38,7 @@ def close(found: torch.Tensor, expected: torch.Tensor) -> None:
 )
 def test_linear(kernels: native.NativeKernels, tokens: int, rows: int, columns: int) -> None:
     x, weight, bias = (torch.randn(shape).to(BFLOAT) for shape in ((tokens, columns), (rows, columns), (rows,)))
-    linear, plain = kernels.linear(weight, bias), kernels.linear(weight, None)
+    linear, plain = kernels.linear([weight], bias), kernels.linear([weight], None)
     product = x.float() @ weight.float().T
     close(linear(x), product + bias.float())
     close(plain(x), product)
@@ -46,6 +46,15 @@ def test_linear(kernels: native.NativeKernels, tokens: int, rows: int, columns: 
     assert torch.equal(plain.rows(index), weight[index])
     for first, last in ((0, 1), (tokens - 1, tokens), (tokens // 3, tokens // 3 + 20)):
         assert torch.equal(linear(x[first:last]), linear(x)[first:last])
+
+
+@pytest.mark.parametrize("heights", [(16, 32, 16), (5, 1, 40), (33,), (48, 7)])
+def test_linear_of_parts_is_that_of_the_whole(kernels: native.NativeKernels, heights: tuple[int, ...]) -> None:
+    parts = [torch.randn(height, 96).to(BFLOAT) for height in heights]
+    x, index = torch.randn(20, 96).to(BFLOAT), torch.arange(sum(heights))
+    linear = kernels.linear(parts, None)
+    assert torch.equal(linear(x), kernels.linear([torch.cat(parts)], None)(x))
+    assert torch.equal(linear.rows(index), torch.cat(parts))
 
 
 def make_batch(lengths: list[tuple[int, int]], width: int, num_blocks: int) -> Ragged:
@@ -137,7 +146,7 @@ def test_gate_at_the_ends_of_the_range(kernels: native.NativeKernels) -> None:
 
 
 def test_shapes_that_tiles_do_not_take_go_to_the_reference(kernels: native.NativeKernels) -> None:
-    assert isinstance(kernels.linear(torch.randn(8, 24).to(BFLOAT), None), reference.DenseLinear)
+    assert isinstance(kernels.linear([torch.randn(8, 24).to(BFLOAT)], None), reference.DenseLinear)
     x = torch.randn(3, 4, 24).to(BFLOAT)
     cos, sin = torch.randn(2, 3, 1, 24)
     assert torch.equal(kernels.rotate(x, cos, sin), reference.rotate(x, cos, sin))
@@ -154,7 +163,7 @@ def test_threads_change_nothing(kernels: native.NativeKernels) -> None:
     before = torch.get_num_threads()
     kv, batch = torch.randn(64, 1, 2, 16, 2, 64).to(BFLOAT), make_batch(LENGTHS, 20, 64)
     query = torch.randn(int(batch.query_starts[-1]), 4, 64).to(BFLOAT)
-    linear, x = kernels.linear(torch.randn(320, 1088).to(BFLOAT), None), torch.randn(200, 1088).to(BFLOAT)
+    linear, x = kernels.linear([torch.randn(320, 1088).to(BFLOAT)], None), torch.randn(200, 1088).to(BFLOAT)
     results = []
     try:
         for threads in (1, 2, 3):
