@@ -129,6 +129,9 @@ class WorkerSettings:
     lease_s: float = setting(30.0, "seconds a hand-off's blocks are kept without news from their peer", low=0.1)
     max_held: int = setting(64, "prompts that may wait, computed, for a decode worker", low=1)
     drain_timeout: float = setting(30.0, "seconds a worker may take to finish its work after SIGTERM", low=0)
+    stall_timeout: float = setting(
+        60.0, "a worker that has work and finished no step for so many seconds is not ready", low=0.1
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -147,6 +150,16 @@ class RouterSettings:
         low=0,
     )
     request_timeout: float = setting(600.0, "seconds a request may take in all", low=0.1)
+    queue_timeout: float = setting(300.0, "seconds a prompt may wait on a worker before it goes to another", low=0.1)
+    prefill_timeout: float = setting(180.0, "seconds without news a worker may take to compute a prompt", low=0.1)
+    transfer_timeout: float = setting(60.0, "seconds a computed prompt's blocks may take to a decode worker", low=0.1)
+    silence_timeout: float = setting(120.0, "seconds a decode worker may say nothing of a running request", low=0.1)
+    ttft_slo: float = setting(0.0, "429 when the first token would take longer than so many seconds; 0: never", low=0)
+    itl_slo: float = setting(
+        0.0, "429 when tokens would be further apart than so many seconds, or lack room; 0: never", low=0
+    )
+    health_interval: float = setting(2.0, "seconds between two looks at a worker's progress", low=0.05)
+    drain_timeout: float = setting(30.0, "seconds requests may take to finish after SIGTERM", low=0)
     max_attempts: int = setting(6, "tries of one request before it ends with an error", low=1)
     max_logprobs: int = setting(20, "largest logprobs a request may ask for", low=0)
     max_buffered_tokens: int = setting(4096, "tokens kept for a client that reads slowly, before it is cut off", low=1)
@@ -160,6 +173,10 @@ class RouterSettings:
     root_path: str = setting("", "path prefix under which a proxy serves this")
     ssl_keyfile: str | None = setting(None, "TLS key")
     ssl_certfile: str | None = setting(None, "TLS certificate")
+    default_chat_template_kwargs: dict[str, Any] | None = setting(  # noqa: RUF009 - a field, as all of these are
+        None, "JSON: variables for the chat template, where a request does not set them", kind="json"
+    )
+    disable_fastapi_docs: bool = setting(False, "do not serve /docs, /redoc and /openapi.json")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -41,7 +41,9 @@ class Rules:
 class Dispatcher(Protocol):
     """Finds workers and carries messages, for all lives."""
 
-    def place(self, request: Request, way: Way, avoid: frozenset[Epoch], numerics: str) -> Decision:
+    def place(
+        self, request: Request, way: Way, avoid: frozenset[Epoch], numerics: str, *, is_new: bool = False
+    ) -> Decision:
         """Raises NoWorker or Overloaded."""
 
     def send(self, worker: Candidate, message: FromRouter) -> None:

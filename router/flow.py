@@ -16,12 +16,14 @@ from proto.control import Failed, FromRouter, FromWorker, Progress, Rejected, Re
 from proto.errors import TandemError, Unavailable
 from proto.hashing import BlockHasher
 from proto.ids import BlockHash, Epoch, RequestId, WorkerId
+from proto.lifecycle import Stage
 from proto.request import Request, TokenOut
 from router.admission import Admission
 from router.attempt import Listener, Rules
 from router.contract import NewRequest, StageTimes
 from router.life import Life
-from router.policy import Ask, Candidate, Decision, View, Way, Weights, choose
+from router.pace import Pace
+from router.policy import NO_GOALS, Ask, Candidate, Decision, Goals, View, Way, Weights, choose
 from router.prefix_index import PrefixIndex
 from router.timers import Cancellable, LoopTimers, Timers
 
@@ -104,12 +106,15 @@ class Flow:
         weights: Weights,
         listener: Listener,
         timers: Timers | None = None,
+        goals: Goals = NO_GOALS,
     ) -> None:
         self._fleet = fleet
         self._index = index
         self._admission = admission
         self._rules = rules
         self._weights = weights
+        self._goals = goals
+        self._pace = Pace()
         self._listener = listener
         self._timers = timers or LoopTimers()
         self._lives: dict[RequestId, Life] = {}
@@ -170,6 +175,7 @@ class Flow:
             life.wake()
 
     def worker_down(self, epoch: Epoch) -> None:
+        self._pace.gone(epoch)
         for life in list(self._lives.values()):
             life.worker_lost(epoch)
 
@@ -196,7 +202,9 @@ class Flow:
 
     # For the lives (``attempt.Dispatcher``).
 
-    def place(self, request: Request, way: Way, avoid: frozenset[Epoch], numerics: str) -> Decision:
+    def place(
+        self, request: Request, way: Way, avoid: frozenset[Epoch], numerics: str, *, is_new: bool = False
+    ) -> Decision:
         self._turn += 1
         ask = Ask(
             num_tokens=len(request.prompt),
@@ -206,8 +214,11 @@ class Flow:
             turn=self._turn,
             avoid=avoid,
             numerics=numerics,
+            is_new=is_new,
+            itl_s=self._pace.itl_s,
+            output_tokens=self._pace.output_tokens,
         )
-        return choose(self._fleet.view(), ask, self._weights)
+        return choose(self._fleet.view(), ask, self._weights, self._goals)
 
     def send(self, worker: Candidate, message: FromRouter) -> None:
         self._fleet.send(worker.epoch, message)
@@ -225,8 +236,11 @@ class Flow:
         self._fleet.note_success(epoch)
 
     def ended(self, request: RequestId) -> None:
-        for _ in range(self._lives[request].assembly.num_conflicts):
+        life = self._lives[request]
+        for _ in range(life.assembly.num_conflicts):
             self._listener.refused("conflict")
+        if life.stage is Stage.FINISHED:
+            self._pace.complete(sum(life.assembly.positions()) / life.request.params.n)
         self._forget(request)
 
     # Small steps.
@@ -256,6 +270,7 @@ class Flow:
             by_request[out.request].append(out)
         for request, generation in message.generation_of:
             if (tokens := by_request.get(request)) and (life := self._life(request)):
+                self._pace.heard(epoch, request, self._timers.time())
                 life.tokens_came(epoch, generation, tokens)
 
     def _renew(self) -> None:
@@ -273,6 +288,7 @@ class Flow:
     def _forget(self, request: RequestId) -> None:
         self._lives.pop(request, None)
         self._hashes.pop(request, None)
+        self._pace.forget(request)
         self._admission.leave(request)
         if not self._lives:
             self._idle.set()

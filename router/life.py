@@ -96,7 +96,7 @@ class Life:
 
     def begin(self) -> None:
         """Places the request and tells its workers. Raises NoWorker or Overloaded, and then nothing has happened."""
-        decision = self._dispatcher.place(self.request, Way.PAIR, frozenset(), "")
+        decision = self._dispatcher.place(self.request, Way.PAIR, frozenset(), "", is_new=True)
         self._deadline.set(self._rules.request_timeout_s, self._expire)
         self._listener.placed(local=decision.local)
         self._start(decision, Remedy.RESTART)

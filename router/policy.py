@@ -5,7 +5,8 @@
     cost of a local prefill    both on the decode worker, and nothing to move
 
 The costs of the two workers add up, so each is the cheapest of its own role. Among equals the request's turn decides,
-so they share the load. Knows numbers; does no I/O and keeps no state.
+so they share the load. A new request that would miss a goal is turned away before any work is done for it.
+Knows numbers; does no I/O and keeps no state.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from dataclasses import dataclass, field
 from proto.control import Load, Role
 from proto.errors import NoWorker, Overloaded
 from proto.ids import Epoch, WorkerId
+
+RETRY_AFTER_S = 1.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,6 +77,12 @@ class Ask:
     turn: int = 0
     avoid: frozenset[Epoch] = frozenset()
     """Workers this request has failed on."""
+    is_new: bool = False
+    """Nothing was done for it yet, so it may be turned away."""
+    itl_s: Mapping[Epoch, float] = field(default_factory=dict)
+    """Seconds between two tokens of a request, lately, per decode worker that was heard."""
+    output_tokens: float = 0.0
+    """How long an answer is expected to be."""
     numerics: str = ""
     """Preferred above any cost: a resume continues bit for bit on equal numerics. Empty: no matter."""
 
@@ -85,6 +94,14 @@ class Decision:
     prefill: Candidate | None
     decode: Candidate
     local: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Goals:
+    """Seconds; 0: no goal. With ``itl_s``, decode workers also keep room for what their sequences will grow by."""
+
+    ttft_s: float = 0.0
+    itl_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -103,18 +120,27 @@ class Weights:
     """What it costs to arrive where no block of the prompt has room."""
 
 
-def choose(view: View, ask: Ask, weights: Weights) -> Decision:
-    """The cheapest placement. Raises Overloaded where every worker that could take it is full, else NoWorker."""
+NO_GOALS = Goals()
+
+
+def choose(view: View, ask: Ask, weights: Weights, goals: Goals = NO_GOALS) -> Decision:
+    """The cheapest placement.
+
+    Raises Overloaded where every worker that could take it is full, or would miss a goal; else NoWorker.
+    """
     scale = _Scale(view, ask, weights)
     decodes = _eligible(view, ask, Role.DECODE)
     if ask.way is Way.DECODE:
         return Decision(None, _cheapest(decodes, scale.receive_s, ask), local=False)
+    if ask.is_new and goals.itl_s:
+        decodes = _unhurried(decodes, scale, goals)
     if ask.way is Way.LOCAL or not _alive(view, Role.PREFILL):
-        return Decision(None, _cheapest(decodes, scale.local_s, ask), local=True)
+        return Decision(None, _in_time(_cheapest(decodes, scale.local_s, ask), scale, goals), local=True)
     decode = _cheapest(decodes, scale.receive_s, ask)
     if scale.num_uncached(decode) < weights.disagg_threshold:
-        return Decision(None, decode, local=True)
-    return Decision(_cheapest(_eligible(view, ask, Role.PREFILL), scale.compute_s, ask), decode, local=False)
+        return Decision(None, _in_time(decode, scale, goals), local=True)
+    prefill = _cheapest(_eligible(view, ask, Role.PREFILL), scale.compute_s, ask)
+    return Decision(_in_time(prefill, scale, goals), decode, local=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,9 +165,25 @@ class _Scale:
     def local_s(self, worker: Candidate) -> float:
         return self.compute_s(worker) + self._crowd_s(worker)
 
+    def has_room_to_grow(self, worker: Candidate) -> bool:
+        """Room for the prompt and a usual answer, beside what the others will yet say: on average, half of theirs."""
+        load = worker.load
+        if not load.num_blocks or not self._num_sequences(worker):
+            return True  # alone, it gets what there is
+        size, usual = self.view.block_size, self.ask.output_tokens
+        growth = usual * (self.ask.num_choices + self._num_sequences(worker) / 2)
+        needed = self.num_uncached(worker) + worker.sent_room_tokens + growth
+        return load.num_free_blocks * size >= needed
+
+    def itl_s(self, worker: Candidate) -> float:
+        """What its sequences wait for a token, if there are any."""
+        return self.ask.itl_s.get(worker.epoch, 0.0) if self._num_sequences(worker) else 0.0
+
+    def _num_sequences(self, worker: Candidate) -> int:
+        return worker.load.num_running + worker.load.num_waiting + worker.sent_choices
+
     def _crowd_s(self, worker: Candidate) -> float:
-        sequences = worker.load.num_running + worker.load.num_waiting + worker.sent_choices
-        return sequences * self.weights.sequence_s + self._shortage(worker) * self.weights.no_room_s
+        return self._num_sequences(worker) * self.weights.sequence_s + self._shortage(worker) * self.weights.no_room_s
 
     def _shortage(self, worker: Candidate) -> float:
         """Share of the blocks needed that are not free, from 0 to 1."""
@@ -186,6 +228,23 @@ def _eligible(view: View, ask: Ask, role: Role) -> list[Candidate]:
     if not untried:
         raise NoWorker(f"every {role.value} worker has been tried")
     return untried
+
+
+def _unhurried(workers: list[Candidate], scale: _Scale, goals: Goals) -> list[Candidate]:
+    """Those that keep their pace with one more. Raises Overloaded where there is none."""
+    found = [each for each in workers if scale.itl_s(each) <= goals.itl_s and scale.has_room_to_grow(each)]
+    if not found:
+        raise Overloaded(f"no decode worker would keep to {goals.itl_s:g} s per token", retry_after_s=RETRY_AFTER_S)
+    return found
+
+
+def _in_time(worker: Candidate, scale: _Scale, goals: Goals) -> Candidate:
+    """The fastest worker, unless even it is too slow for a new request. Raises Overloaded then."""
+    late_s = scale.compute_s(worker) - goals.ttft_s
+    if scale.ask.is_new and goals.ttft_s and late_s > 0:
+        message = f"the first token would take more than {goals.ttft_s:g} s"
+        raise Overloaded(message, retry_after_s=max(RETRY_AFTER_S, late_s))
+    return worker
 
 
 def _cheapest(workers: Sequence[Candidate], cost: Callable[[Candidate], float], ask: Ask) -> Candidate:

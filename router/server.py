@@ -2,7 +2,7 @@
 
 start   HTTP opens at once: probes answer, and requests get 503 with the reason while no worker is there
 run     until HTTP ends
-stop    no new requests; those inside finish within DRAIN_S, then what is left is failed; then everything closes
+stop    no new requests; those inside finish within the drain timeout, what is left is failed, and everything closes
 """
 
 from __future__ import annotations
@@ -25,10 +25,11 @@ from router.admission import Admission
 from router.app import build_app
 from router.attempt import Rules
 from router.contract import Readiness
+from router.deadlines import StageLimits
 from router.flow import Flow
 from router.models import Models
 from router.observing import RouterListener, RouterPage
-from router.policy import Ask, Weights, choose
+from router.policy import Ask, Goals, Weights, choose
 from router.prefix_index import PrefixIndex
 from router.registry import Registry
 from service import logs
@@ -40,7 +41,6 @@ from service.tracing import StageFanOut
 
 log = logging.getLogger(__name__)
 
-DRAIN_S = 30.0
 CLOSE_S = 10.0
 _HUGE_PROMPT = 1 << 40
 """Too long for any cache: it is placed where both tiers are needed."""
@@ -55,10 +55,8 @@ class RouterService:
         ledger: LedgerSettings,
         model: ModelSettings,
         cache: CacheSettings,
-        *,
-        drain_s: float = DRAIN_S,
     ) -> None:
-        self._drain_s = drain_s
+        self._drain_s = router.drain_timeout
         self._is_draining = False
         self.epoch = new_epoch()
         self.stages = StageFanOut()
@@ -70,7 +68,9 @@ class RouterService:
             prefix_hash_key=cache.prefix_hash_key,
             on_served=lambda served: self.metrics.set_model(served.name),
         )
-        self.registry = Registry(self.epoch, WorkerClient, self.models, time.monotonic)
+        self.registry = Registry(
+            self.epoch, WorkerClient, self.models, time.monotonic, health_every_s=router.health_interval
+        )
         self._ledger = RedisLedger.from_settings(ledger)
         self._watcher = LedgerWatcher(
             self._ledger, workers_changed=self._workers_changed, inventory_changed=self._inventory_changed
@@ -81,13 +81,10 @@ class RouterService:
             self.registry,
             self.index,
             Admission(self.epoch, router.max_inflight),
-            Rules(
-                request_timeout_s=router.request_timeout,
-                max_attempts=router.max_attempts,
-                max_buffered_tokens=router.max_buffered_tokens,
-            ),
+            rules_of(router),
             self._weights,
             RouterListener(self.metrics, self.stages, self._handoffs),
+            goals=Goals(ttft_s=router.ttft_slo, itl_s=router.itl_slo),
         )
         self.registry.subscribe(self.flow)
         page = RouterPage(self.metrics, self._refresh_gauges)
@@ -185,6 +182,20 @@ class RouterService:
                 self.index.snapshot(epoch, hashes)
 
 
+def rules_of(router: RouterSettings) -> Rules:
+    return Rules(
+        request_timeout_s=router.request_timeout,
+        max_attempts=router.max_attempts,
+        max_buffered_tokens=router.max_buffered_tokens,
+        limits=StageLimits(
+            queued_s=router.queue_timeout,
+            prefill_s=router.prefill_timeout,
+            transfer_s=router.transfer_timeout,
+            silence_s=router.silence_timeout,
+        ),
+    )
+
+
 def run(
     router: RouterSettings,
     ledger: LedgerSettings,
@@ -195,4 +206,4 @@ def run(
     """Runs a router until it is told to stop; returns the exit code. Of ``cache`` only ``prefix_hash_key`` matters."""
     logs.setup(log_settings)
     service = RouterService(router, ledger, model, cache or CacheSettings())
-    return run_service(service, drain_timeout=DRAIN_S + CLOSE_S)
+    return run_service(service, drain_timeout=router.drain_timeout + CLOSE_S)

@@ -255,10 +255,11 @@ def child_groups(settings: StackSettings, machine: Machine, *, is_private: bool)
         own = settings_environ([engine.model, engine.cache, engine.scheduler, mine])
         return _child(role, name, {**base, **shared, **own, **parts[index].environ}, settings)
 
+    router = replace(settings.router, drain_timeout=settings.worker.drain_timeout)
     router_environ = {
         **base,
         **shared,
-        **settings_environ([settings.router, settings.engine.model, settings.engine.cache]),
+        **settings_environ([router, settings.engine.model, settings.engine.cache]),
     }
     return [
         [_child(ROUTER, ROUTER, router_environ, settings)],

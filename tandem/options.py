@@ -42,6 +42,8 @@ class Scope:
 
 
 _OWN_ADDRESS = frozenset(f"worker.{name}" for name in ("host", "port", "advertise", "http_port", "worker_id"))
+_SHARED = frozenset({"router.drain_timeout"})
+"""One command has one drain timeout: the workers'."""
 _ENGINE = ("model", "cache", "scheduler")
 _OF_ROUTER = frozenset(
     (
@@ -57,7 +59,7 @@ _OF_ROUTER = frozenset(
 """What a router needs of the engine's settings; the rest it learns from the workers."""
 _NOT_OF_ROUTER = frozenset(option.key for section in ("model", "cache") for option in options_of(section)) - _OF_ROUTER
 
-SERVE = Scope(("local", *_ENGINE, "ledger", "worker", "router", "log"), _OWN_ADDRESS, takes_model=True)
+SERVE = Scope(("local", *_ENGINE, "ledger", "worker", "router", "log"), _OWN_ADDRESS | _SHARED, takes_model=True)
 WORKER = Scope((*_ENGINE, "ledger", "worker", "log"), takes_model=True)
 ROUTER = Scope(("router", "ledger", "model", "cache", "log"), _NOT_OF_ROUTER)
 OFFLINE = Scope(_ENGINE)

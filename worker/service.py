@@ -99,7 +99,7 @@ class WorkerService:
         self._settings = worker
         self._ledger_settings = ledger
         self.epoch = new_epoch()
-        self._health = Health()
+        self._health = Health(stall_after_s=worker.stall_timeout)
         self._host = EngineHost(engine, self)
         self._health.watch(lambda: self._host.heartbeat)
         self._routers = RouterStreams()

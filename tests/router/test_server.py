@@ -125,13 +125,12 @@ class Town:
 
 
 @asynccontextmanager
-async def town(redis: LocalRedis, *, drain_s: float = 5.0, **router: int) -> AsyncIterator[Town]:
+async def town(redis: LocalRedis, **router: float) -> AsyncIterator[Town]:
     service = RouterService(
-        RouterSettings(host="127.0.0.1", port=0, **{"disagg_threshold": 0, **router}),
+        RouterSettings(host="127.0.0.1", port=0, **{"disagg_threshold": 0, "drain_timeout": 5.0, **router}),  # type: ignore[arg-type]
         LedgerSettings(redis=redis.url, namespace="test"),
         ModelSettings(),
         CacheSettings(prefix_hash_key="secret"),
-        drain_s=drain_s,
     )
     await service.start()
     async with RedisLedger(redis.url, "test", ttl_s=60.0) as ledger, aiohttp.ClientSession() as http:
@@ -265,7 +264,7 @@ async def test_stopping_lets_those_inside_finish(local_redis: LocalRedis) -> Non
 
 
 async def test_what_does_not_finish_in_time_is_told_so(local_redis: LocalRedis) -> None:
-    async with town(local_redis, drain_s=0.0) as place:
+    async with town(local_redis, drain_timeout=0.0) as place:
         await place.add(ScriptedWorker("p1", Role.PREFILL))
         decode = await place.add(ScriptedWorker("d1", Role.DECODE))
         decode.may_speak.clear()

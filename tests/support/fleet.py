@@ -30,7 +30,7 @@ from router.attempt import RequestEnd, Rules
 from router.contract import NewRequest
 from router.deadlines import StageLimits
 from router.flow import Flow, RequestStream
-from router.policy import Candidate, View, Weights
+from router.policy import NO_GOALS, Candidate, Goals, View, Weights
 from router.prefix_index import PrefixIndex
 from router.recovery import Remedy
 from router.stages import StageChange
@@ -172,7 +172,14 @@ class Recorder:
 class House:
     """A flow over a scripted fleet: ``House("p1", "d1", "d2")`` has one prefill and two decode workers."""
 
-    def __init__(self, *names: str, threshold: int = 0, max_inflight: int = 100, **rules: float | StageLimits) -> None:
+    def __init__(
+        self,
+        *names: str,
+        threshold: int = 0,
+        max_inflight: int = 100,
+        goals: Goals = NO_GOALS,
+        **rules: float | StageLimits,
+    ) -> None:
         self.timers = FakeTimers()
         roles = {"p": Role.PREFILL, "d": Role.DECODE}
         self.fleet = FakeFleet(*(candidate(name, roles[name[0]]) for name in names), timers=self.timers)
@@ -187,6 +194,7 @@ class House:
             Weights(disagg_threshold=threshold),
             self.heard,
             self.timers,
+            goals,
         )
 
     async def start(self, prompt: Sequence[int] = tuple(range(10)), **params: object) -> RequestStream:

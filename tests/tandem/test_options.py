@@ -49,9 +49,9 @@ def test_without_anything_every_component_has_its_defaults() -> None:
     assert resolved.warnings == ()
 
 
-def test_option_names_are_unique_but_for_the_two_addresses() -> None:
+def test_option_names_are_unique_but_for_what_a_router_and_a_worker_both_have() -> None:
     names = [option.name for option in all_options()]
-    assert {name for name in names if names.count(name) > 1} == {"host", "port"}
+    assert {name for name in names if names.count(name) > 1} == {"host", "port", "drain_timeout"}
     assert len({option.key for option in all_options()}) == len(names)
 
 
