@@ -26,6 +26,8 @@ from router.openai.models import list_models, show_model
 from router.openai.serving import Api, label_of
 from router.openai.tokens import detokenize, tokenize
 
+_MAX_SHOWN = 200
+
 Endpoint = Callable[[Api, Request], Awaitable[Response]]
 Handler = Callable[[Request], Awaitable[Response]]
 
@@ -47,7 +49,9 @@ def build_app(
     Raises SettingsError when the key file cannot be read.
     """
     api = Api(settings=settings, flow=flow, models=models, metrics=metrics, version=__version__)
-    app = FastAPI(title="Tandem", version=api.version, redirect_slashes=False)
+    # Without the schema there is no /docs nor /redoc either.
+    schema = None if settings.disable_fastapi_docs else "/openapi.json"
+    app = FastAPI(title="Tandem", version=api.version, redirect_slashes=False, openapi_url=schema)
     _add_openai_routes(app, api)
     _add_service_routes(app, api, ready)
     for kind in (TandemError, HTTPException, ClientGone, ClientDisconnect):
@@ -73,6 +77,8 @@ def _add_openai_routes(app: FastAPI, api: Api) -> None:
 
         handle.__name__, handle.__doc__ = endpoint.__name__, endpoint.__doc__
         app.add_api_route(path, handle, methods=[method], openapi_extra=_JSON_BODY if method == "POST" else None)
+        if method == "GET":
+            app.add_api_route(path, handle, methods=["HEAD"], include_in_schema=False)
 
     add("/v1/completions", "POST", create_completion)
     add("/v1/chat/completions", "POST", create_chat_completion)
@@ -116,4 +122,24 @@ def _add_service_routes(app: FastAPI, api: Api, ready: Callable[[], Readiness]) 
 async def _handle_error(request: Request, error: Exception) -> Response:
     if isinstance(error, (ClientGone, ClientDisconnect)):
         return Response(status_code=ClientGone.status)  # for logs and metrics: nobody reads it
+    if isinstance(error, HTTPException) and error.status_code in (404, 405):
+        error = _explained(error, request)
     return reply_for(error, label_of(request)).response()
+
+
+def _explained(error: HTTPException, request: Request) -> HTTPException:
+    """The router's "Not Found" and "Method Not Allowed" in words that help."""
+    path = str(request.scope["path"])
+    shown = path if len(path) <= _MAX_SHOWN else f"{path[:_MAX_SHOWN]}..."
+    if error.status_code == 405:
+        allowed = (error.headers or {}).get("Allow", "another method")
+        message = f"{shown} does not take {request.method}; it takes {allowed}."
+    else:
+        known = {getattr(route, "path", "") for route in request.app.routes}
+        near = next(
+            (other for other in (f"/v1{path}", path.removeprefix("/v1"), path.rstrip("/")) if other in known), ""
+        )
+        message = f"This server has no {shown}." + (
+            f" Did you mean {near}?" if near else " GET /docs lists what it has."
+        )
+    return HTTPException(error.status_code, message, error.headers)

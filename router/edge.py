@@ -13,6 +13,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from router.contract import MetricsLike
 from router.openai.errors import ClientGone, reply_for
 
+_METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 _LABEL = re.compile(r"[\x21-\x7e]{1,128}")
 
 
@@ -57,4 +58,5 @@ class Edge:
         finally:
             route = getattr(scope.get("route"), "path", "unmatched")
             seconds = time.monotonic() - start
-            self._metrics.http_request(route, scope["method"], status or ClientGone.status, seconds)
+            method = scope["method"] if scope["method"] in _METHODS else "other"  # no series for every word sent
+            self._metrics.http_request(route, method, status or ClientGone.status, seconds)

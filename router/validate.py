@@ -258,23 +258,32 @@ def room_for_output(num_prompt: int, requested: int | None, default: int | None,
     Raises InvalidRequest, in the words that clients look for, when the context is too short.
     """
     room = max_model_len - num_prompt
-    limit = f"This model's maximum context length is {max_model_len} tokens. However, "
     if room < 1:
-        raise InvalidRequest(
-            f"{limit}your prompt contains {num_prompt} input tokens, which leaves no room for output. "
-            "Please reduce the length of the input prompt.",
-            param="input_tokens",
-        )
+        raise too_long(num_prompt, max_model_len)
     if requested is not None and requested > room:
         raise InvalidRequest(
-            f"{limit}you requested {requested} output tokens and your prompt contains {num_prompt} input tokens, "
-            f"for a total of {num_prompt + requested} tokens. Please reduce the length of the input prompt or the "
-            "number of requested output tokens.",
+            f"{_limit(max_model_len)}you requested {requested} output tokens and your prompt contains {num_prompt} "
+            f"input tokens, for a total of {num_prompt + requested} tokens. Please reduce the length of the input "
+            "prompt or the number of requested output tokens.",
             param="max_tokens",
         )
     if requested is not None:
         return requested
     return room if default is None else min(default, room)
+
+
+def too_long(num_prompt: int, max_model_len: int, *, is_all: bool = True) -> InvalidRequest:
+    """The error for a prompt that fills the context. ``is_all``: there are no more tokens than that."""
+    number = f"{num_prompt}" if is_all else f"at least {num_prompt}"
+    return InvalidRequest(
+        f"{_limit(max_model_len)}your prompt contains {number} input tokens, which leaves no room for output. "
+        "Please reduce the length of the input prompt.",
+        param="input_tokens",
+    )
+
+
+def _limit(max_model_len: int) -> str:
+    return f"This model's maximum context length is {max_model_len} tokens. However, "
 
 
 def _asks_nothing(name: str, value: Json) -> bool:

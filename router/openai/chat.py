@@ -29,7 +29,7 @@ async def create_chat_completion(api: Api, request: Request) -> Response:
     body = read_chat(fields, model, api.settings)
     options = body.options
     text = await render(api, model, body.conversation)
-    ids = await serving.encode(api, model, text, add_special_tokens=options.add_special_tokens)
+    ids = await serving.encode_prompt(api, model, text, options)
     prompt = serving.truncate(ids, options, model)
     new = serving.new_request(prompt, body.params, options, model, call.label)
     reply = _Reply(api, call, model, body)
@@ -48,7 +48,7 @@ async def render(api: Api, model: ServedModel, conversation: Conversation) -> st
             documents=conversation.documents,
             add_generation_prompt=conversation.add_generation_prompt,
             continue_final_message=conversation.continue_final_message,
-            variables=conversation.variables,
+            variables={**(api.settings.default_chat_template_kwargs or {}), **conversation.variables},
         )
 
     start = time.perf_counter()
@@ -72,7 +72,7 @@ class _Reply:
             "id": f"chatcmpl-{self._call.label}",
             "object": kind,
             "created": self._call.created,
-            "model": self._model.name,
+            "model": self._body.options.model,
             "system_fingerprint": self._api.fingerprint(self._model),
         }
 

@@ -37,7 +37,7 @@ async def create_completion(api: Api, request: Request) -> Response:
 async def _encode(api: Api, model: ServedModel, prompt: str | tuple[int, ...], body: CompletionBody) -> tuple[int, ...]:
     options = body.options
     if isinstance(prompt, str):
-        prompt = await serving.encode(api, model, prompt, add_special_tokens=options.add_special_tokens)
+        prompt = await serving.encode_prompt(api, model, prompt, options)
     return serving.truncate(prompt, options, model)
 
 
@@ -56,7 +56,7 @@ class _Reply:
             "id": f"cmpl-{call.label}",
             "object": "text_completion",
             "created": call.created,
-            "model": model.name,
+            "model": body.options.model,
             "system_fingerprint": api.fingerprint(model),
         }
 

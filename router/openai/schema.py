@@ -23,10 +23,12 @@ _TEXT_PARTS = frozenset({"text", "input_text", "output_text", "refusal"})
 class Options:
     """What both endpoints take besides sampling.
 
-    ``max_tokens`` is None where the client named none; then ``default_max_tokens`` counts, or with None all the room.
+    ``model`` is the name the client used: the answer bears it. ``max_tokens`` is None where the client named none;
+    then ``default_max_tokens`` counts, or with None all the room.
     ``truncate_prompt``: keep that many prompt tokens at most; -1: as many as leave room for the output.
     """
 
+    model: str
     max_tokens: int | None
     default_max_tokens: int | None
     stream: bool
@@ -75,7 +77,6 @@ class ChatBody:
 
 def read_completion(fields: Fields, model: ServedModel, settings: RouterSettings) -> CompletionBody:
     """Raises InvalidRequest."""
-    fields.raw("model")
     prompts = _read_prompts(fields, model.vocab_size)
     echo, max_tokens, logprobs = fields.flag("echo"), fields.whole("max_tokens"), fields.whole("logprobs")
     echo_only = echo and max_tokens == 0
@@ -95,13 +96,12 @@ def read_completion(fields: Fields, model: ServedModel, settings: RouterSettings
         raise InvalidRequest("suffix (text to insert before) is not offered by this model.", param="suffix")
     _check_best_of(fields, params.n)
     _check_response_format(fields)
-    options = _read_options(fields, max_tokens, _COMPLETION_MAX_TOKENS, add_special_tokens=True)
+    options = _read_options(fields, model, max_tokens, _COMPLETION_MAX_TOKENS, add_special_tokens=True)
     return CompletionBody(prompts=prompts, echo=echo, echo_only=echo_only, params=params, options=options)
 
 
 def read_chat(fields: Fields, model: ServedModel, settings: RouterSettings) -> ChatBody:
     """Raises InvalidRequest."""
-    fields.raw("model")
     limit, old_limit = fields.whole("max_completion_tokens"), fields.whole("max_tokens")
     if limit is not None and limit < 1:
         raise InvalidRequest(f"max_completion_tokens must be at least 1, got {limit}.", param="max_completion_tokens")
@@ -127,7 +127,7 @@ def read_chat(fields: Fields, model: ServedModel, settings: RouterSettings) -> C
         raise InvalidRequest("echo is not offered for chat.", param="echo")
     conversation = read_conversation(fields)
     _check_tool_choice(fields, conversation.tools)
-    options = _read_options(fields, max_tokens, None, add_special_tokens=False)
+    options = _read_options(fields, model, max_tokens, None, add_special_tokens=False)
     return ChatBody(conversation=conversation, params=params, options=options)
 
 
@@ -159,7 +159,12 @@ def read_conversation(fields: Fields) -> Conversation:
 
 
 def _read_options(
-    fields: Fields, max_tokens: int | None, default_max_tokens: int | None, *, add_special_tokens: bool
+    fields: Fields,
+    model: ServedModel,
+    max_tokens: int | None,
+    default_max_tokens: int | None,
+    *,
+    add_special_tokens: bool,
 ) -> Options:
     stream = fields.flag("stream")
     about_stream = fields.object("stream_options")
@@ -179,6 +184,7 @@ def _read_options(
     if truncate is not None and (truncate == 0 or truncate < -1):
         raise InvalidRequest("truncate_prompt_tokens must be -1, or 1 or more.", param="truncate_prompt_tokens")
     options = Options(
+        model=fields.text("model") or model.name,
         max_tokens=max_tokens,
         default_max_tokens=default_max_tokens,
         stream=stream,

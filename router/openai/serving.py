@@ -25,13 +25,17 @@ from router.openai.generation import Generation
 from router.openai.schema import Options
 from router.sse import Frames, SseResponse, until_gone
 from router.tokenizer import ServedModel
-from router.validate import Fields, parse_object, room_for_output
+from router.validate import Fields, parse_object, room_for_output, too_long
 
 T = TypeVar("T")
 
 MAX_BODY_BYTES = 32 << 20
 _LONG_TEXT = 16_384
 """Characters above which encoding a text would hold up the event loop noticeably."""
+_MOST_CHARACTERS_PER_TOKEN = 8
+"""Hardly any text has more on average: a text longer than this is suspected not to fit the context."""
+_TOKENS_AT_A_CUT = 64
+"""How many more tokens a text's beginning may give than its share of the whole: a cut word is more pieces."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,6 +109,19 @@ async def encode(api: Api, model: ServedModel, text: str, *, add_special_tokens:
         ids = model.encode(text, add_special_tokens=add_special_tokens)
     api.metrics.stage("tokenize", time.perf_counter() - start)
     return tuple(ids)
+
+
+async def encode_prompt(api: Api, model: ServedModel, text: str, options: Options) -> tuple[int, ...]:
+    """A prompt's text as ids. Raises InvalidRequest, also for one that is far too long for the context.
+
+    That one is told by its beginning: to encode megabytes only to refuse them would take seconds of everybody's time.
+    """
+    longest = max(_LONG_TEXT, _MOST_CHARACTERS_PER_TOKEN * model.max_model_len)
+    if options.truncate_prompt is None and len(text) > longest:
+        beginning = await encode(api, model, text[:longest], add_special_tokens=options.add_special_tokens)
+        if len(beginning) > model.max_model_len + _TOKENS_AT_A_CUT:
+            raise too_long(len(beginning), model.max_model_len, is_all=False)
+    return await encode(api, model, text, add_special_tokens=options.add_special_tokens)
 
 
 def truncate(prompt: tuple[int, ...], options: Options, model: ServedModel) -> tuple[int, ...]:

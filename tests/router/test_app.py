@@ -21,6 +21,7 @@ from proto.errors import (
     TandemError,
     WorkerLost,
 )
+from proto.settings import RouterSettings
 from proto.version import __version__
 from router.contract import Readiness
 from router.openai import serving as openai_serving
@@ -91,6 +92,52 @@ async def test_routing_errors(method: str, path: str, code: int, kind: str) -> N
     async with serving(flow(), MODEL) as site, site.http.request(method, path, json={}) as reply:
         assert_error(reply.status, await reply.json(), code, kind)
         assert ("Allow" in reply.headers) == (code == 405)
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "words"),
+    [
+        ("GET", "/nowhere", "no /nowhere. GET /docs lists"),
+        ("POST", "/chat/completions", "Did you mean /v1/chat/completions?"),
+        ("POST", "/v1/v1/models", "no /v1/v1/models. Did you mean /v1/models?"),
+        ("POST", "/v1/tokenize", "Did you mean /tokenize?"),
+        ("GET", "/metrics/", "Did you mean /metrics?"),
+        ("GET", "/v1/completions", "/v1/completions does not take GET; it takes POST."),
+        ("GET", "/" + "x" * 5000, "xxx.... GET /docs"),
+    ],
+)
+async def test_a_wrong_path_or_method_is_told_what_is_right(method: str, path: str, words: str) -> None:
+    async with serving(flow(), MODEL) as site, site.http.request(method, path, json={}) as reply:
+        assert words in (await reply.json())["error"]["message"]
+
+
+async def test_what_can_be_got_can_be_asked_about() -> None:
+    async with serving(flow(), MODEL) as site:
+        for path in ("/v1/models", "/v1/models/tiny", "/version", "/metrics", "/ready"):
+            async with site.http.head(path) as reply:
+                assert (reply.status, await reply.read()) == (200, b"")
+
+
+async def test_the_docs_can_be_turned_off() -> None:
+    for settings, status in ((RouterSettings(), 200), (RouterSettings(disable_fastapi_docs=True), 404)):
+        async with serving(flow(), MODEL, settings) as site:
+            for path in ("/docs", "/redoc", "/openapi.json"):
+                async with site.http.get(path) as reply:
+                    assert reply.status == status
+
+
+@pytest.mark.parametrize(("path", "body"), ENDPOINTS)
+@pytest.mark.parametrize("name", ["tiny", "org/tiny-alias", None])
+async def test_an_answer_bears_the_name_it_was_asked_under(path: str, body: dict, name: str | None) -> None:
+    async with serving(flow(), MODEL) as site:
+        assert (await site.post(path, {**body, "model": name}))[1]["model"] == (name or "tiny")
+        assert {chunk["model"] for chunk in await site.chunks(path, {**body, "model": name})} == {name or "tiny"}
+
+
+async def test_methods_nobody_knows_make_no_series() -> None:
+    async with serving(flow(), MODEL) as site, site.http.request("PROPFIND", "/v1/models") as reply:
+        assert reply.status == 405
+    assert ("/v1/models", "other", 405) in site.metrics.requests
 
 
 @pytest.mark.parametrize(("path", "body"), ENDPOINTS)

@@ -131,6 +131,14 @@ async def test_template_arguments_tools_and_documents_reach_the_template() -> No
     assert MODEL.decode(site.flow.requests[0].prompt) == 'happy[{"type": "function"}]docHi\n!'
 
 
+async def test_the_operators_template_variables_stand_behind_the_clients() -> None:
+    settings = RouterSettings(default_chat_template_kwargs={"mood": "calm", "lamp": "on"})
+    async with serving(flow("x"), served_model(template="{{ mood }} {{ lamp }}"), settings) as site:
+        assert (await site.post(PATH, {"messages": MESSAGES}))[0] == 200
+        assert (await site.post(PATH, {"messages": MESSAGES, "chat_template_kwargs": {"mood": "wild"}}))[0] == 200
+    assert [MODEL.decode(new.prompt) for new in site.flow.requests] == ["calm on", "wild on"]
+
+
 @pytest.mark.parametrize(
     ("template", "words"),
     [

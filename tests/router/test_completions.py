@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from proto.request import FinishReason, TokenOut
 from proto.settings import RouterSettings
 from router.contract import NewRequest
+from router.tokenizer import ServedModel
 from tests.support.http import ScriptedFlow, byte_level_json, saying, served_model, serving, tokens_of
 
 MODEL = served_model()
@@ -190,6 +191,33 @@ async def test_prompts_that_do_not_fit(body: dict, words: str) -> None:
     assert status == 400
     assert words in reply["error"]["message"]
     assert site.flow.requests == []
+
+
+async def test_a_prompt_far_too_long_is_refused_by_its_beginning(monkeypatch: pytest.MonkeyPatch) -> None:
+    encoded: list[int] = []
+
+    def encode(text: str, *, add_special_tokens: bool = True) -> list[int]:
+        encoded.append(len(text))
+        return ServedModel.encode(model, text, add_special_tokens=add_special_tokens)
+
+    model = served_model()
+    monkeypatch.setattr(model, "encode", encode)
+    body = {"prompt": "word " * 100_000, "max_tokens": 1}
+    async with serving(ScriptedFlow(saying(model, "x")), model) as site:
+        status, reply, _ = await site.post(PATH, body)
+        assert status == 400
+        assert "maximum context length is 256 tokens. However, your prompt contains at least" in str(reply)
+        assert max(encoded) < 20_000
+        assert (await site.post(PATH, {**body, "truncate_prompt_tokens": 9}))[0] == 200
+    assert len(site.flow.requests[0].prompt) == 9
+
+
+async def test_a_long_prompt_of_few_tokens_is_served() -> None:
+    model = served_model(max_model_len=16_384)
+    text = "<|user|><|assistant|>" * 8_000  # 20 characters a pair, more than any text is suspected of
+    async with serving(ScriptedFlow(saying(model, "x")), model) as site:
+        assert (await site.post(PATH, {"prompt": text, "max_tokens": 1}))[0] == 200
+    assert len(site.flow.requests[0].prompt) == 16_000
 
 
 async def test_max_tokens_default_and_the_context() -> None:
