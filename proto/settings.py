@@ -70,6 +70,9 @@ class ModelSettings:
     threads: int | None = setting(
         None, "CPU threads of one engine (default: the cores, shared among local workers)", low=1
     )
+    batch_invariant: bool = setting(
+        False, "a token's result has the same bits in any batch, chunk and worker (CPU, float32 or bfloat16; slower)"
+    )
     skip_warmup: bool = setting(False, "do not run a forward pass before taking requests")
 
 
@@ -159,6 +162,9 @@ class RouterSettings:
         0.0, "429 when tokens would be further apart than so many seconds, or lack room; 0: never", low=0
     )
     health_interval: float = setting(2.0, "seconds between two looks at a worker's progress", low=0.05)
+    canary_interval: float = setting(
+        10.0, "age in seconds at which /ready tries the KV path anew with a tiny prompt; 0: never", low=0
+    )
     drain_timeout: float = setting(30.0, "seconds requests may take to finish after SIGTERM", low=0)
     max_attempts: int = setting(6, "tries of one request before it ends with an error", low=1)
     max_logprobs: int = setting(20, "largest logprobs a request may ask for", low=0)

@@ -100,6 +100,28 @@ class Listener(Protocol):
     def ended(self, end: RequestEnd) -> None: ...
 
 
+class _Silence:
+    """A listener who keeps nothing."""
+
+    def stage_changed(self, change: StageChange) -> None: ...
+
+    def placed(self, *, local: bool) -> None: ...
+
+    def recovering(self, remedy: Remedy) -> None: ...
+
+    def tokens_came(self, tokens: Sequence[TokenOut], at: float) -> None: ...
+
+    def turned_away(self, error: TandemError) -> None: ...
+
+    def refused(self, reason: str) -> None: ...
+
+    def ended(self, end: RequestEnd) -> None: ...
+
+
+SILENCE: Listener = _Silence()
+"""For what is no request of a client."""
+
+
 @dataclass(slots=True)
 class Try:
     """One generation. ``prefill`` is None once it is of no more use; ``decode`` is None while none is found."""

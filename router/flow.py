@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 from collections import defaultdict
 from collections.abc import AsyncIterator, Sequence
 from typing import Protocol
@@ -19,7 +20,7 @@ from proto.ids import BlockHash, Epoch, RequestId, WorkerId
 from proto.lifecycle import Stage
 from proto.request import Request, TokenOut
 from router.admission import Admission
-from router.attempt import Listener, Rules
+from router.attempt import SILENCE, Listener, Rules
 from router.contract import NewRequest, StageTimes
 from router.life import Life
 from router.pace import Pace
@@ -119,6 +120,8 @@ class Flow:
         self._timers = timers or LoopTimers()
         self._lives: dict[RequestId, Life] = {}
         self._hashes: dict[RequestId, Sequence[BlockHash]] = {}
+        self._canaries: set[RequestId] = set()
+        self._last_adopted_at = -math.inf
         self._turn = 0
         self._renewal: Cancellable | None = None
         self._idle = asyncio.Event()
@@ -133,12 +136,33 @@ class Flow:
         """Requests that lost their worker and have found no other yet."""
         return sum(life.is_waiting for life in self._lives.values())
 
+    @property
+    def last_adopted_at(self) -> float:
+        """When a decode worker last had all blocks of a request that was no canary; -inf: never."""
+        return self._last_adopted_at
+
     async def start(self, new: NewRequest) -> RequestStream:
         """Admits and places a request. Raises Overloaded, NoWorker or Unavailable, and then nothing is left of it."""
         try:
-            life = self._admit(new)
+            return self._begin(self._admission.admit(new), new.label, self._listener)
         except TandemError as error:
             self._listener.turned_away(error)
+            raise
+
+    async def start_canary(self, new: NewRequest) -> RequestStream:
+        """Like ``start``, always through a prefill worker, and told to nobody."""
+        request = self._admission.admit(new)
+        self._canaries.add(request.id)
+        return self._begin(request, new.label, SILENCE)
+
+    def _begin(self, request: Request, label: str, listener: Listener) -> RequestStream:
+        life = Life(request, label, self._rules, self, listener, self._timers)
+        try:
+            self._hashes[request.id] = self._fleet.hasher().full_blocks(request.prompt, request.cache_salt)
+            self._lives[request.id] = life
+            life.begin()
+        except BaseException:
+            self._forget(request.id)
             raise
         self._idle.clear()
         if self._renewal is None:
@@ -154,6 +178,8 @@ class Flow:
             case Progress():
                 if life := self._life(message.request):
                     life.progress_came(epoch, message)
+                    if message.stage is Stage.ADOPTED and message.request not in self._canaries:
+                        self._last_adopted_at = self._timers.time()
             case Rejected():
                 if life := self._life(message.request):
                     life.rejected(epoch, message)
@@ -214,7 +240,8 @@ class Flow:
             turn=self._turn,
             avoid=avoid,
             numerics=numerics,
-            is_new=is_new,
+            is_new=is_new and request.id not in self._canaries,
+            must_travel=request.id in self._canaries,
             itl_s=self._pace.itl_s,
             output_tokens=self._pace.output_tokens,
         )
@@ -239,23 +266,11 @@ class Flow:
         life = self._lives[request]
         for _ in range(life.assembly.num_conflicts):
             self._listener.refused("conflict")
-        if life.stage is Stage.FINISHED:
+        if life.stage is Stage.FINISHED and request not in self._canaries:
             self._pace.complete(sum(life.assembly.positions()) / life.request.params.n)
         self._forget(request)
 
     # Small steps.
-
-    def _admit(self, new: NewRequest) -> Life:
-        request = self._admission.admit(new)
-        life = Life(request, new.label, self._rules, self, self._listener, self._timers)
-        try:
-            self._hashes[request.id] = self._fleet.hasher().full_blocks(request.prompt, request.cache_salt)
-            self._lives[request.id] = life
-            life.begin()
-        except BaseException:
-            self._forget(request.id)
-            raise
-        return life
 
     def _life(self, request: RequestId) -> Life | None:
         life = self._lives.get(request)
@@ -288,6 +303,7 @@ class Flow:
     def _forget(self, request: RequestId) -> None:
         self._lives.pop(request, None)
         self._hashes.pop(request, None)
+        self._canaries.discard(request)
         self._pace.forget(request)
         self._admission.leave(request)
         if not self._lives:

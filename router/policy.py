@@ -79,6 +79,8 @@ class Ask:
     """Workers this request has failed on."""
     is_new: bool = False
     """Nothing was done for it yet, so it may be turned away."""
+    must_travel: bool = False
+    """However short it is, and wherever it is cached, a prefill worker computes it."""
     itl_s: Mapping[Epoch, float] = field(default_factory=dict)
     """Seconds between two tokens of a request, lately, per decode worker that was heard."""
     output_tokens: float = 0.0
@@ -137,7 +139,7 @@ def choose(view: View, ask: Ask, weights: Weights, goals: Goals = NO_GOALS) -> D
     if ask.way is Way.LOCAL or not _alive(view, Role.PREFILL):
         return Decision(None, _in_time(_cheapest(decodes, scale.local_s, ask), scale, goals), local=True)
     decode = _cheapest(decodes, scale.receive_s, ask)
-    if scale.num_uncached(decode) < weights.disagg_threshold:
+    if scale.num_uncached(decode) < weights.disagg_threshold and not ask.must_travel:
         return Decision(None, _in_time(decode, scale, goals), local=True)
     prefill = _cheapest(_eligible(view, ask, Role.PREFILL), scale.compute_s, ask)
     return Decision(_in_time(prefill, scale, goals), decode, local=False)

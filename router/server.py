@@ -24,6 +24,7 @@ from proto.settings import CacheSettings, LedgerSettings, LogSettings, ModelSett
 from router.admission import Admission
 from router.app import build_app
 from router.attempt import Rules
+from router.canary import Canary
 from router.contract import Readiness
 from router.deadlines import StageLimits
 from router.flow import Flow
@@ -87,6 +88,13 @@ class RouterService:
             goals=Goals(ttft_s=router.ttft_slo, itl_s=router.itl_slo),
         )
         self.registry.subscribe(self.flow)
+        self._canary = Canary(
+            self.flow,
+            self.registry.view,
+            lambda: self.models.current().card.vocab_size,
+            router.canary_interval,
+            time.monotonic,
+        )
         page = RouterPage(self.metrics, self._refresh_gauges)
         self._http = HttpServer(
             build_app(router, self.flow, self.models, self.readiness, page),
@@ -113,6 +121,7 @@ class RouterService:
 
     async def stop(self) -> None:
         self._is_draining = True
+        await self._canary.close()
         await self.flow.drain(self._drain_s)
         await self._http.stop(CLOSE_S / 2)
         await self._watcher.close()
@@ -121,7 +130,7 @@ class RouterService:
         await self._ledger.close()
 
     def readiness(self) -> Readiness:
-        """Ready when a request could be placed now, whatever its length."""
+        """Ready when a request could be placed now, whatever its length, and KV travels."""
         reasons = self.registry.troubles()
         if not self._watcher.is_connected:
             reasons.append("Redis does not answer; the last known workers are used")
@@ -137,6 +146,8 @@ class RouterService:
             reasons.insert(0, error.message)
         if self._is_draining:
             reasons.insert(0, "the router is shutting down")
+        elif ready:
+            ready = self._path_works(reasons)
         loads = self._loads()
         return Readiness(
             ready=ready,
@@ -148,6 +159,17 @@ class RouterService:
                 "ledger_connected": self._watcher.is_connected,
             },
         )
+
+    def _path_works(self, reasons: list[str]) -> bool:
+        """What the canary says; before the first has come back, nothing is known to work."""
+        verdict = self._canary.verdict()
+        if verdict is not None and verdict.trouble:
+            reasons.insert(0, f"the KV path does not work: {verdict.trouble}")
+            return False
+        if self._canary.is_pending:
+            reasons.insert(0, "the KV path is being tried")
+            return False
+        return True
 
     def _loads(self) -> dict[Role, list[Load]]:
         loads: dict[Role, list[Load]] = defaultdict(list)

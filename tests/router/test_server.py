@@ -28,13 +28,18 @@ from tests.support.http import model_card, served_model
 from tests.support.ledger import until
 
 LETTERS = served_model().encode("abcd", add_special_tokens=False)
+LOAD = Load(num_running=3, num_blocks=10, num_free_blocks=5)
+IDLE = Load(num_blocks=10, num_free_blocks=10)
 PROMPT = "a prompt of some length, which is sent twice"
 
 
 class ScriptedWorker:
     """Answers every request with "abcd": the first token from prefill, the others from decode."""
 
-    def __init__(self, name: str, role: Role) -> None:
+    def __init__(self, name: str, role: Role, load: Load = LOAD) -> None:
+        self.load = load
+        self.num_bytes = 100
+        self.report = HealthReport(Phase.READY, True)
         self.name, self.role, self.epoch = WorkerId(name), role, Epoch(f"epoch-{name}")
         self.got: list[FromRouter] = []
         self.may_speak = asyncio.Event()
@@ -45,12 +50,12 @@ class ScriptedWorker:
         return model_card()
 
     async def health(self) -> HealthReport:
-        return HealthReport(Phase.READY, True)
+        return self.report
 
     async def serve(self, stream: RouterStream) -> None:
         self.streams.append(stream)
         stream.send(Welcome(self.name, self.epoch, self.role, WIRE_VERSION))
-        stream.send(LoadReport(Load(num_running=3, num_blocks=10, num_free_blocks=5)))
+        stream.send(LoadReport(self.load))
         try:
             while True:
                 message = await stream.receive()
@@ -72,7 +77,7 @@ class ScriptedWorker:
         if isinstance(message, Prefill):
             tokens = tokens[:1]
         elif not message.local:
-            stream.send(Progress(request, generation, Stage.ADOPTED, num_bytes=100))
+            stream.send(Progress(request, generation, Stage.ADOPTED, num_bytes=self.num_bytes))
             tokens = tokens[1:]
         else:
             tokens = tokens[start:]
@@ -114,6 +119,9 @@ class Town:
         async with self.http.get(f"http://127.0.0.1:{self.service.port}{path}") as response:
             return response.status, await response.text()
 
+    async def is_ready(self, path: str = "/ready") -> bool:
+        return (await self.get(path))[0] == 200
+
     async def complete(self, prompt: str = PROMPT) -> tuple[int, dict[str, object]]:
         body = {"model": "tiny", "prompt": prompt, "max_tokens": 4}
         async with self.http.post(f"http://127.0.0.1:{self.service.port}/v1/completions", json=body) as response:
@@ -148,6 +156,10 @@ async def eventually(is_so: Callable[[], Awaitable[bool]]) -> None:
             await asyncio.sleep(0.01)
 
 
+def canary_of(prefill: ScriptedWorker) -> Prefill:
+    return next(message for message in prefill.got if isinstance(message, Prefill))
+
+
 def text_of(body: dict[str, object]) -> str:
     return body["choices"][0]["text"]  # type: ignore[index,no-any-return]
 
@@ -164,7 +176,9 @@ async def test_from_an_empty_house_to_an_answer(local_redis: LocalRedis) -> None
 
         await place.add(ScriptedWorker("d1", Role.DECODE))
         prefill = await place.add(ScriptedWorker("p1", Role.PREFILL))
-        assert (await place.get("/health"))[0] == 200
+        await eventually(lambda: place.is_ready("/health"))
+        assert RequestId(f"{place.service.epoch}.1") == canary_of(prefill).request.id
+        assert await place.ledger.handoff(canary_of(prefill).request.id) is None
         status, body = await place.complete()
         assert status == 200, body
         assert text_of(body) == "abcd"
@@ -179,13 +193,51 @@ async def test_from_an_empty_house_to_an_answer(local_redis: LocalRedis) -> None
         assert 'tandem_requests_total{finish="length"} 1.0' in metrics
 
 
+async def test_a_path_on_which_no_kv_travels_is_not_ready(local_redis: LocalRedis) -> None:
+    async with town(local_redis, canary_interval=0.05) as place:
+        decode = await place.add(ScriptedWorker("d1", Role.DECODE, load=IDLE))
+        await place.add(ScriptedWorker("p1", Role.PREFILL, load=IDLE))
+        await eventually(place.is_ready)
+        decode.num_bytes = 0
+
+        async def fails() -> bool:
+            status, body = await place.get("/ready")
+            return status == 503 and "p1 \u2192 d1: the answer came, and no KV moved" in json.loads(body)["reasons"][0]
+
+        await eventually(fails)
+        decode.num_bytes = 100
+        await eventually(place.is_ready)
+        _, metrics = await place.get("/metrics")
+        assert "tandem_inflight_requests 0.0" in metrics
+        assert (
+            "vllm:generation_tokens_total" not in metrics or 'generation_tokens_total{model_name="tiny"} 0.0' in metrics
+        )
+        assert await place.ledger.open_handoffs() == []
+
+
+async def test_a_worker_that_makes_no_progress_is_named_and_not_used(local_redis: LocalRedis) -> None:
+    async with town(local_redis, health_interval=0.05) as place:
+        stalled = await place.add(ScriptedWorker("d1", Role.DECODE))
+        await place.add(ScriptedWorker("p1", Role.PREFILL))
+        await place.add(ScriptedWorker("d2", Role.DECODE))
+        stalled.report = HealthReport(Phase.READY, False, "no step for 60 s")
+
+        async def is_named() -> bool:
+            return "d1: no step for 60 s" in (await place.get("/ready"))[1]
+
+        await eventually(is_named)
+        for _ in range(3):
+            assert (await place.complete())[0] == 200
+        assert not any(isinstance(message, Attach) for message in stalled.got)
+
+
 async def test_an_open_handoff_is_on_the_ledger_and_then_closed(local_redis: LocalRedis) -> None:
     async with town(local_redis) as place:
         decode = await place.add(ScriptedWorker("d1", Role.DECODE))
         await place.add(ScriptedWorker("p1", Role.PREFILL))
         decode.may_speak.clear()
         answer = asyncio.ensure_future(place.complete())
-        request = RequestId(f"{place.service.epoch}.1")
+        request = RequestId(f"{place.service.epoch}.1")  # nobody asked /ready, so no canary came first
 
         async def stage(wanted: Stage) -> bool:
             record = await place.ledger.handoff(request)
@@ -240,7 +292,7 @@ async def test_without_redis_the_known_workers_go_on(local_redis: LocalRedis) ->
             return "Redis" in (await place.get("/ready"))[1]
 
         await eventually(missed)
-        assert (await place.get("/ready"))[0] == 200
+        await eventually(place.is_ready)
 
 
 async def test_stopping_lets_those_inside_finish(local_redis: LocalRedis) -> None:
