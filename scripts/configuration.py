@@ -10,7 +10,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "configuration.md"
 sys.path.insert(0, str(ROOT))
 
-from tandem.folklore import FOLKLORE  # noqa: E402
+from tandem.folklore import FOLKLORE, RENAMED  # noqa: E402
 from tandem.option import SECTIONS, Option, options_of  # noqa: E402
 from tandem.options import ROUTER, SERVE, WORKER  # noqa: E402
 
@@ -26,7 +26,7 @@ environment, that over the file, and that over the default. `--print-config` pri
 a file that `--config` takes back.
 
 - Numbers take suffixes: `32K` is 32768, `32k` is 32000; sizes also `4GiB` and `4GB`.
-- Lists take commas (`--transports shm,grpc`), repetition, or JSON.
+- Lists take commas (`--transports shm,grpc`), repetition, or JSON; after the model, also `--served-model-name a b`.
 - Booleans are `--x` and `--no-x`; `--x=false` is understood too.
 - In the file, keys may be nested under their component or stand flat. Unknown keys are errors. One file may serve a
   whole deployment: each command takes from it what it needs.
@@ -48,6 +48,8 @@ def render() -> str:
         "an error.\n\n| flag | why |\n|---|---|"
     )
     parts.extend(f"| `{entry.flag}` | {entry.why} |" for entry in FOLKLORE)
+    parts.append("\nThese only have another name here:\n\n| flag | here |\n|---|---|")
+    parts.extend(f"| `{other}` | `{ours}` |" for other, ours in RENAMED.items())
     return "\n".join(parts) + "\n"
 
 

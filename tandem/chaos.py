@@ -29,7 +29,8 @@ from service import logs
 from service.process import run_service
 from tandem.local import ROUTER, LocalStack, Ready, StackSettings, print_line
 from tandem.machine import Machine, this_machine
-from tandem.options import SERVE, Parser, Resolved, build_parser, resolve
+from tandem.options import SERVE, Resolved, build_parser, resolve
+from tandem.parser import Parser
 from tandem.sample_model import NOTICE, with_some_model
 from tandem.supervisor import Say
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from proto.errors import TandemError
 from router.values import JsonObject
 from tandem.client import Client
-from tandem.options import Parser
+from tandem.parser import Parser
 
 _DEFAULT_URL = "http://127.0.0.1:8000/v1"
 _KEY_NAMES = ("TANDEM_API_KEY", "OPENAI_API_KEY")

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from proto.errors import SettingsError, TandemError
 from proto.settings import CacheSettings, LedgerSettings, LogSettings, ModelSettings, RouterSettings, WorkerSettings
 from proto.version import __version__
-from tandem.options import ROUTER, SERVE, WORKER, Parser, Resolved, Scope, build_parser, resolve
+from tandem.options import ROUTER, SERVE, WORKER, Resolved, Scope, build_parser, resolve
+from tandem.parser import Parser
 
 _EXIT_SETUP = 2
 _EXIT_INTERRUPTED = 130

@@ -9,16 +9,16 @@ file is read or printed, so that ``--help`` is instant.
 from __future__ import annotations
 
 import argparse
-import difflib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn, TypeVar, cast
+from typing import TypeVar, cast
 
 from proto.errors import SettingsError
 from proto.settings import CacheSettings, EngineSettings, ModelSettings, SchedulerSettings
 from tandem.folklore import BY_NAME, FOLKLORE, hint_for
 from tandem.option import ENV_PREFIX, SECTIONS, BadValue, Option, Value, all_options, options_of
+from tandem.parser import Parser, nearest
 
 T = TypeVar("T")
 
@@ -98,60 +98,6 @@ class Resolved:
         return yaml.safe_dump(tree, sort_keys=False, default_flow_style=False, allow_unicode=True)
 
 
-class Parser(argparse.ArgumentParser):
-    """argparse whose errors are ours, and which never guesses from a prefix."""
-
-    def __init__(self, prog: str, description: str, epilog: str = "") -> None:
-        super().__init__(prog, description=description, epilog=epilog or None, allow_abbrev=False)
-        self._booleans: set[str] = set()
-
-    def add_boolean(self, group: argparse._ArgumentGroup, flag: str, dest: str, text: str) -> None:
-        """``--x`` and ``--no-x``; ``--x=false`` and ``--x true`` are understood too."""
-        self._booleans.add(flag)
-        group.add_argument(flag, dest=dest, default=argparse.SUPPRESS, action="store_const", const="true", help=text)
-        group.add_argument(
-            "--no-" + flag[2:],
-            dest=dest,
-            default=argparse.SUPPRESS,
-            action="store_const",
-            const="false",
-            help=argparse.SUPPRESS,
-        )
-
-    def error(self, message: str) -> NoReturn:
-        raise SettingsError(f"{message[:1].upper()}{message[1:]}")
-
-    def read(self, argv: Sequence[str]) -> argparse.Namespace:
-        """Parses all of ``argv``. Raises SettingsError that names the nearest flag."""
-        found, unknown = self.parse_known_args(self._spelled_out([_with_hyphens(arg) for arg in argv]))
-        if unknown:
-            self._refuse(unknown[0])
-        return found
-
-    def _spelled_out(self, argv: Sequence[str]) -> list[str]:
-        """A boolean's written value becomes the flag or its ``--no-`` form; another word after it stays an argument."""
-        made: list[str] = []
-        for arg in argv:
-            name, equals, value = arg.partition("=")
-            if not equals and made and made[-1] in self._booleans and arg.lower() in ("true", "false"):
-                name, value, equals = made.pop(), arg, "="
-            if name in self._booleans and equals:
-                if value.lower() not in ("true", "false"):
-                    raise SettingsError(f"{name}: expects true or false, got {value!r}.")
-                made.append(name if value.lower() == "true" else "--no-" + name[2:])
-            else:
-                made.append(arg)
-        return made
-
-    def _refuse(self, arg: str) -> NoReturn:
-        if not arg.startswith("-"):
-            raise SettingsError(
-                f"Unexpected argument {arg!r}. Lists are written with commas, or by repeating the flag."
-            )
-        name = arg.split("=")[0]
-        raise SettingsError(f"Unknown flag {name}.{_nearest(name, self._option_string_actions)}")
-
-
 def build_parser(scope: Scope, prog: str, description: str) -> Parser:
     """A parser whose namespace holds only what was given: texts under ``section.name``, folklore under its name."""
     epilog = (
@@ -178,6 +124,8 @@ def build_parser(scope: Scope, prog: str, description: str) -> Parser:
             parser.add_argument(*flags, dest=dest, default=hidden, help=hidden)
         else:
             parser.add_argument(*flags, dest=dest, default=hidden, help=hidden, action="store_const", const="true")
+            off = "--no-" + entry.flag[2:]
+            parser.add_argument(off, dest=dest, default=hidden, help=hidden, action="store_const", const="false")
     return parser
 
 
@@ -209,7 +157,7 @@ def from_keywords(scope: Scope, keywords: Mapping[str, object]) -> Resolved:
         if name in BY_NAME:
             continue
         if name not in by_name:
-            raise SettingsError(f"Unknown setting {name!r}.{_nearest(name, by_name)}", param=name)
+            raise SettingsError(f"Unknown setting {name!r}.{nearest(name, by_name)}", param=name)
         found[by_name[name].key] = _checked(by_name[name], value, name)
     return Resolved(scope, values | found, frozenset(found), tuple(warnings))
 
@@ -232,23 +180,16 @@ def without_settings(environ: Mapping[str, str]) -> dict[str, str]:
     return {name: value for name, value in environ.items() if name not in names}
 
 
-def _with_hyphens(arg: str) -> str:
-    if not arg.startswith("--"):
-        return arg
-    name, equals, value = arg.partition("=")
-    return name.replace("_", "-") + equals + value
-
-
 def _add(parser: Parser, group: argparse._ArgumentGroup, option: Option) -> None:
     text = (option.help + _shown_default(option)).replace("%", "%%")
     if option.base is bool:
         parser.add_boolean(group, option.flag, option.key, text)
         return
     metavar = option.metavar or ("{" + ",".join(option.choices) + "}" if option.choices else _METAVARS[option.base])
-    action = "append" if option.base is tuple else "store"
-    group.add_argument(
-        option.flag, dest=option.key, default=argparse.SUPPRESS, action=action, metavar=metavar, help=text
-    )
+    if option.base is tuple:
+        parser.add_list(group, option.flag, option.key, metavar, text)
+        return
+    group.add_argument(option.flag, dest=option.key, default=argparse.SUPPRESS, metavar=metavar, help=text)
 
 
 _METAVARS = {str: "TEXT", int: "N", float: "X", tuple: "TEXT", dict: "JSON"}
@@ -296,7 +237,7 @@ def _from_environ(scope: Scope, environ: Mapping[str, str], warnings: list[str])
         found[option.key] = _read(option, text, name)
     known = {name for option in all_options() for name in option.env} | OTHER_ENV
     for name in sorted(environ.keys() - known):
-        near = _nearest(name, known, cutoff=0.85) if name.startswith(ENV_PREFIX) else ""
+        near = nearest(name, known, cutoff=0.85) if name.startswith(ENV_PREFIX) else ""
         if near:
             warnings.append(f"{name} is not a setting and is ignored.{near}")
     return found
@@ -340,7 +281,7 @@ def _from_mapping(
             warnings.extend(_folklore_warnings([(name, value)]))
             continue
         if name not in by_name:
-            raise SettingsError(f"{where}{name} is not a setting.{_nearest(name, by_name)}", param=name)
+            raise SettingsError(f"{where}{name} is not a setting.{nearest(name, by_name)}", param=name)
         option = by_name[name]
         if option.is_secret and value in (MASK, [MASK]):
             raise SettingsError(f"{where}{name} was masked when it was printed; give the secret by environment.")
@@ -379,8 +320,3 @@ def _bad(option: Option, value: object, where: str, error: BadValue) -> Settings
     if option.is_secret:
         return SettingsError(f"{where}: not a value this setting takes.", param=option.name)
     return SettingsError(f"{where}: {error}{hint_for(option.name, value)}.", param=option.name)
-
-
-def _nearest(name: str, known: Iterable[str], cutoff: float = 0.6) -> str:
-    close = difflib.get_close_matches(name, list(known), n=1, cutoff=cutoff)
-    return f" Did you mean {close[0]}?" if close else ""

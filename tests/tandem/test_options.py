@@ -23,7 +23,7 @@ from proto.settings import (
     WorkerSettings,
 )
 from tandem import options
-from tandem.folklore import FOLKLORE
+from tandem.folklore import FOLKLORE, RENAMED
 from tandem.option import SECTIONS, BadValue, Option, Value, all_options, options_of, read_quantity
 from tandem.options import OFFLINE, ROUTER, SERVE, WORKER, Resolved, Scope
 
@@ -279,6 +279,7 @@ def test_json_settings() -> None:
     [
         (["--max-modle-len", "3"], r"Unknown flag --max-modle-len\. Did you mean --max-model-len\?"),
         (["--max-model", "3"], r"Unknown flag --max-model\."),
+        (["--reasoning-effort", "3"], r"Unknown flag --reasoning-effort\.$"),
         (["--zzzz"], r"Unknown flag --zzzz\.$"),
         (["--port", "http"], r"--port: expects a whole number, got 'http'"),
         (["--port", "70000"], r"--port: must be between 0 and 65535, got 70000"),
@@ -361,8 +362,79 @@ def test_flags_of_other_servers_are_accepted_with_one_warning_each() -> None:
     assert resolved.given == frozenset()
 
 
-def test_what_asks_for_nothing_is_accepted_in_silence() -> None:
-    assert resolve("--tensor-parallel-size", "1", "-pp", "1", "--tokenizer-mode", "auto").warnings == ()
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["--tensor-parallel-size", "1", "-pp", "1", "--tokenizer-mode", "auto"],
+        ["--tp", "1", "--no-enable-log-requests", "--runner=generate"],
+        ["--no-trust-remote-code", "--logprobs-mode", "raw_logprobs", "--performance_mode", "balanced"],
+    ],
+)
+def test_what_asks_for_nothing_is_accepted_in_silence(argv: list[str]) -> None:
+    assert resolve(*argv).warnings == ()
+
+
+@pytest.mark.parametrize(
+    ("argv", "why"),
+    [
+        (["--enable-auto-tool-choice"], "--enable-auto-tool-choice is not supported yet: tool calls"),
+        (["--reasoning-parser", "qwen3"], "--reasoning-parser qwen3 is not supported yet: reasoning is part"),
+        (["--kv-transfer-config", '{"kv_connector": "X"}'], "prefill and decode are apart as it is"),
+        (["--performance-mode", "throughput"], "--max-num-seqs"),
+        (["--hf-overrides", '{"a": 1}'], "config.json is taken as it is"),
+    ],
+)
+def test_what_asks_for_more_than_there_is_says_why_not(argv: list[str], why: str) -> None:
+    with pytest.raises(SettingsError) as caught:
+        resolve(*argv)
+    assert why in caught.value.message
+
+
+def test_every_folklore_flag_explains_itself_and_none_hides_a_setting() -> None:
+    settings = {option.name for option in all_options()}
+    for entry in FOLKLORE:
+        assert entry.name not in settings
+        try:
+            said = entry.judge("something" if entry.takes_value else "true")
+        except SettingsError as error:
+            said = error.message
+        assert said is not None
+        assert entry.why in said
+    flags = {option.flag for option in all_options()} | {entry.flag for entry in FOLKLORE}
+    assert set(RENAMED.values()) <= flags
+    assert not set(RENAMED) & flags
+
+
+def test_other_servers_names_of_our_settings() -> None:
+    resolved = resolve(
+        *("--model-path", "m", "--context-length", "4K", "--mem_fraction_static=0.5", "--max-running-requests", "8"),
+        *("--chunked-prefill-size", "512", "--random-seed", "3", "--shutdown-timeout", "7", "-O3"),
+    )
+    engine = resolved.engine()
+    assert (engine.model.model, engine.model.max_model_len, engine.model.seed) == ("m", 4096, 3)
+    assert (engine.scheduler.max_num_seqs, engine.scheduler.max_num_batched_tokens) == (8, 512)
+    assert engine.cache.gpu_memory_utilization == 0.5
+    assert resolved.get(WorkerSettings).drain_timeout == 7
+    assert [warning.split()[0] for warning in resolved.warnings] == ["--optimization-level"]
+
+
+@pytest.mark.parametrize(
+    ("argv", "names"),
+    [
+        (["m", "--served-model-name", "a", "b", "--port", "1"], ("a", "b")),
+        (["--served-model-name", "a", "m"], ("a",)),
+        (["--served-model-name", "a", "m", "--served-model-name=b", "c"], ("a", "b", "c")),
+        (["--port", "1", "m", "--served-model-name", "a", "b,c", "--seed", "1"], ("a", "b", "c")),
+        (["m", "--served-model-name", "a", "--enable-prefix-caching", "true"], ("a",)),
+    ],
+)
+def test_a_list_goes_on_with_bare_words_once_the_model_is_known(argv: list[str], names: tuple[str, ...]) -> None:
+    model = resolve(*argv).get(ModelSettings)
+    assert (model.model, model.served_model_name) == ("m", names)
+
+
+def test_a_command_without_an_argument_takes_every_bare_word_into_the_list() -> None:
+    assert resolve("--api-key", "a", "b", scope=ROUTER).get(RouterSettings).api_key == ("a", "b")
 
 
 def test_folklore_in_a_file_and_as_keywords(tmp_path: Path) -> None:
