@@ -22,6 +22,7 @@ def _build(context: WorkerContext) -> TierParts:
         payload_readers(context.settings.transports),
         metrics=context.metrics,
         done_lease_s=context.settings.lease_s,
+        orphaned=context.orphaned,
     )
     return tier, (handoff_handler(tier.serve),)
 

@@ -35,7 +35,7 @@ from proto.lifecycle import Stage
 from proto.request import Request, TokenOut
 from service.metrics import WorkerMetrics
 from worker.host import EngineHost, StepNews
-from worker.leases import Leases
+from worker.leases import Leases, Orphaned
 from worker.news import News
 from worker.routers import RouterStreams
 from worker.tasks import Tasks
@@ -55,6 +55,7 @@ class DecodeTier:
         *,
         metrics: WorkerMetrics,
         done_lease_s: float,
+        orphaned: Orphaned | None = None,
     ) -> None:
         self._host = host
         self._routers = routers
@@ -66,6 +67,7 @@ class DecodeTier:
         self._seats: dict[RequestId, Seat] = {}
         self._by_key: dict[RequestId, Seat] = {}
         self._leases = Leases(self._lease_ended)
+        self._orphaned = orphaned
         self._tasks = Tasks()
         self._idle = asyncio.Event()
         self._idle.set()
@@ -330,6 +332,8 @@ class DecodeTier:
             if not seat.is_done:
                 log.warning("request %s: no news from its router, its lease has ended", request)
                 self._metrics.lease_expired()
+                if self._orphaned is not None:
+                    self._orphaned(request, seat.generation)
             self._give_up(seat, "the lease has ended")
 
     def _give_up(self, seat: Seat, reason: str) -> None:

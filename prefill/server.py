@@ -31,6 +31,7 @@ def _build(context: WorkerContext) -> TierParts:
         epoch=context.epoch,
         metrics=context.metrics,
         max_held=context.settings.max_held,
+        orphaned=context.orphaned,
     )
     return tier, ()
 

@@ -28,13 +28,15 @@ from proto.lifecycle import Stage
 from proto.request import TokenOut
 from service.metrics import WorkerMetrics
 from worker.host import EngineHost, StepNews
-from worker.leases import Leases
+from worker.leases import Leases, Orphaned
 from worker.news import News
 from worker.routers import RouterStreams
 from worker.tasks import Tasks
 
 log = logging.getLogger(__name__)
 
+_BACKSTOP_S = 1.0
+"""How much later a session's own lease ends than its job's, whose end is told to others."""
 _WHY_HELD: dict[RefuseReason | str, RejectReason] = {
     PEER_LOST: RejectReason.PEER_LOST,
     RefuseReason.MISMATCH: RejectReason.MISMATCH,
@@ -54,6 +56,7 @@ class PrefillTier:
         epoch: Epoch,
         metrics: WorkerMetrics,
         max_held: int,
+        orphaned: Orphaned | None = None,
     ) -> None:
         self._host = host
         self._routers = routers
@@ -66,6 +69,7 @@ class PrefillTier:
         self._jobs: dict[RequestId, Job] = {}
         self._by_key: dict[RequestId, Job] = {}
         self._leases = Leases(self._lease_ended)
+        self._orphaned = orphaned
         self._tasks = Tasks()
         self._idle = asyncio.Event()
         self._idle.set()
@@ -95,7 +99,7 @@ class PrefillTier:
                 for request in message.requests:
                     self._leases.renew(request, message.lease_s)
                     if (job := self._jobs.get(request)) and job.session is not None:
-                        job.session.renew(message.lease_s)
+                        job.session.renew(message.lease_s + _BACKSTOP_S)
             case _:
                 log.warning("a prefill worker was sent %s; it is ignored", type(message).__name__)
 
@@ -251,6 +255,8 @@ class PrefillTier:
         if job := self._jobs.get(request):
             log.warning("request %s: no news from its router, its lease has ended", request)
             self._metrics.lease_expired()
+            if self._orphaned is not None:
+                self._orphaned(request, job.generation)
             self._give_up(job, "the lease has ended")
 
     def _give_up(self, job: Job, reason: str) -> None:

@@ -8,7 +8,10 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 
-from proto.ids import RequestId
+from proto.ids import Generation, RequestId
+
+Orphaned = Callable[[RequestId, Generation], None]
+"""Hears of requests whose router is gone, so that what it wrote of them on the ledger is closed for it."""
 
 
 class Leases:

@@ -25,15 +25,17 @@ from kvtransfer.ledger.redis import RedisLedger
 from proto.control import FromRouter, Load, LoadReport, ModelCard, Role, Welcome
 from proto.errors import NoWorker, RemoteProtocolError, SettingsError
 from proto.health import HealthReport
-from proto.ids import BlockHash, Epoch, RequestId, WorkerId, new_epoch
+from proto.ids import BlockHash, Epoch, Generation, RequestId, WorkerId, new_epoch
 from proto.inventory import CacheChange
 from proto.layout import WIRE_VERSION
+from proto.lifecycle import Stage
 from proto.settings import EngineSettings, LedgerSettings, WorkerSettings
 from service.health import Health
 from service.http import HttpServer, worker_app
 from service.metrics import EngineTotals, WorkerMetrics
 from service.rpc import RouterStream, join_address, serve, split_address, worker_handler
 from worker.host import EngineHost, StepNews
+from worker.leases import Orphaned
 from worker.routers import RouterStreams
 
 log = logging.getLogger(__name__)
@@ -73,6 +75,7 @@ class WorkerContext:
     routers: RouterStreams
     metrics: WorkerMetrics
     settings: WorkerSettings
+    orphaned: Orphaned
 
 
 TierParts = tuple[Tier, Sequence[grpc.GenericRpcHandler]]
@@ -105,7 +108,7 @@ class WorkerService:
         self._routers = RouterStreams()
         model = engine.model
         self._metrics = WorkerMetrics(next(iter(model.served_model_name), None) or model.model or "", role)
-        context = WorkerContext(self.epoch, self._host, self._routers, self._metrics, worker)
+        context = WorkerContext(self.epoch, self._host, self._routers, self._metrics, worker, self._orphaned)
         self._tier, self._handlers = build_tier(context)
         self._load = _UNKNOWN_LOAD
         self._last_report = 0.0
@@ -220,6 +223,10 @@ class WorkerService:
     def _demand_ready(self) -> None:
         if self._publisher is None:
             raise NoWorker(f"this worker is not ready: {self._health.report().detail}")
+
+    def _orphaned(self, request: RequestId, generation: Generation) -> None:
+        if self._publisher is not None:
+            self._publisher.advance(records.HandoffRecord(request, generation, Stage.ABORTED))
 
     # What the engine says.
 

@@ -112,6 +112,7 @@ class Pod:
         )
         self.forth: Fault | None = None
         """Meddles with what prefill workers send."""
+        self.orphans: list[tuple[RequestId, Generation]] = []
         self._decode: dict[str, DecodeTier] = {}
         self._tasks: list[asyncio.Task[None]] = []
         self.sides: list[Side] = []
@@ -120,14 +121,27 @@ class Pod:
         side, fences, metrics = await self._side(Role.PREFILL, name)
         dispatcher = Dispatcher(side.host, self.connect, (MEMORY,), epoch=side.peer.epoch, refusals=fences.refusals)
         side.tier = PrefillTier(
-            side.host, side.routers, dispatcher, fences, epoch=side.peer.epoch, metrics=metrics, max_held=max_held
+            side.host,
+            side.routers,
+            dispatcher,
+            fences,
+            epoch=side.peer.epoch,
+            metrics=metrics,
+            max_held=max_held,
+            orphaned=self._orphaned,
         )
         return side
 
     async def decode(self, name: str = "d0") -> Side:
         side, fences, metrics = await self._side(Role.DECODE, name)
         side.tier = DecodeTier(
-            side.host, side.routers, fences, payload_readers([MEMORY]), metrics=metrics, done_lease_s=60.0
+            side.host,
+            side.routers,
+            fences,
+            payload_readers([MEMORY]),
+            metrics=metrics,
+            done_lease_s=60.0,
+            orphaned=self._orphaned,
         )
         self._decode[side.peer.address] = side.tier
         return side
@@ -143,6 +157,9 @@ class Pod:
         self.sides.append(side)
         side.metrics = WorkerMetrics("test", role)
         return side, FenceTable(peer.epoch, 600.0), side.metrics
+
+    def _orphaned(self, request: RequestId, generation: Generation) -> None:
+        self.orphans.append((request, generation))
 
     async def connect(self, peer: Peer) -> Link:
         ours, theirs = pair(forth=self.forth)

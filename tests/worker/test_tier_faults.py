@@ -103,10 +103,12 @@ async def test_the_end_of_a_lease_is_told_to_a_router_that_is_still_there(pod: P
     d.tier.is_draining = True  # refuses, so that the blocks are held
     request = make_request(1, prompt_of(40))
     p.tier.handle(Prefill(request, FIRST, d.peer, 0.3))
+    assert not pod.orphans
     await p.router.until(lambda: RejectReason.UNKNOWN in reasons(p))
     d.tier.is_draining = False
     d.tier.handle(Attach(make_request(2, prompt_of(40)), FIRST, local=False, lease_s=0.1))
     await d.router.until(lambda: RejectReason.UNKNOWN in reasons(d))
+    assert pod.orphans == [(request.id, FIRST), (make_request(2, (1,)).id, FIRST)], "their records are to be closed"
     for side in (p, d):
         await side.tier.drained()
         await until_idle(side)
