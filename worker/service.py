@@ -226,7 +226,7 @@ class WorkerService:
 
     def _orphaned(self, request: RequestId, generation: Generation) -> None:
         if self._publisher is not None:
-            self._publisher.advance(records.HandoffRecord(request, generation, Stage.ABORTED))
+            self._publisher.advance(records.HandoffRecord(request=request, generation=generation, stage=Stage.ABORTED))
 
     # What the engine says.
 
