@@ -1,0 +1,69 @@
+"""``python -m training``: writes the corpus, learns the tokenizer, trains both networks, exports them.
+
+Everything goes under ``--work`` and is taken up from there after an interruption.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from itertools import islice
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer
+
+from training.batches import Plan
+from training.corpus import samples
+from training.export import export
+from training.model import Shape
+from training.tokens import Renderer, train_tokenizer
+from training.train import Recipe, Trainer
+
+SEED = 2026
+VOCABULARY = 1024
+STEPS = 2000
+_ROWS_PER_STEP = 64
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser("training", description=__doc__)
+    parser.add_argument("--work", type=Path, default=Path(".cache/builtin-model"), help="where to keep what is made")
+    parser.add_argument("--steps", type=int, default=STEPS)
+    parser.add_argument("--part", choices=("model", "draft"), action="append")
+    parser.add_argument("--until", type=int, help="stop after this step, to go on later")
+    given = parser.parse_args()
+    given.work.mkdir(parents=True, exist_ok=True)
+    tokenizer = _tokenizer(given.work)
+    for part in given.part or ("model", "draft"):
+        trainer = _trainer(part, given.work, tokenizer, given.steps)
+        _say(f"{part}: {sum(p.numel() for p in trainer.network.parameters()):,} weights, at step {trainer.step}")
+        trainer.run(_say, until=given.until)
+        export(trainer.network, tokenizer, given.work / "out" / ("" if part == "model" else part))
+    return 0
+
+
+def _tokenizer(work: Path) -> Tokenizer:
+    file = work / "tokenizer.json"
+    if not file.exists():
+        renderer = Renderer()
+        texts = [renderer(sample) for sample in islice(samples(SEED, longest_passage=10), 20_000)]
+        train_tokenizer(texts, VOCABULARY).save(str(file))
+    return Tokenizer.from_file(str(file))
+
+
+def _trainer(part: str, work: Path, tokenizer: Tokenizer, steps: int) -> Trainer:
+    size = tokenizer.get_vocab_size()
+    shape = Shape(size) if part == "model" else Shape(size, hidden=96, inner=256, layers=2, heads=3, kv_heads=1)
+    plan = Plan(SEED, _ROWS_PER_STEP, round(steps * 0.6), shape.context)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return Trainer(shape, Recipe(steps, plan), tokenizer, work / f"{part}.pt", device)
+
+
+def _say(line: str) -> None:
+    print(time.strftime("%H:%M:%S"), line, file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

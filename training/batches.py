@@ -1,0 +1,103 @@
+"""Samples to tensors: steps of so many rows, in batches of rows of similar length. Seeded, and resumable by step.
+
+A row whose answer depends on something far back may get gaps in its positions, so that a short row teaches the
+distances of a long one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+from random import Random
+
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from training.corpus import samples
+from training.tokens import END, Encoded, Renderer, encode
+
+_SHORT_PASSAGE, _LONG_PASSAGE = 10, 150
+_MOST_TOKENS = 2048
+"""In a batch: what a layer makes of so many tokens stays in a core's cache."""
+
+_LENGTHS = (32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320, 384, 448, 512, 640, 768, 1024, 1536, 2048)
+_MULTIPLE = 128
+"""Batches have one of few shapes, and multiples of so many labels: a kernel is compiled for each new shape."""
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """int64 ``tokens`` and ``positions`` [rows, length]; ``where`` and ``labels`` as in ``Network.loss``.
+
+    ``weights`` float32, one per label: a long answer counts more than a short one, but less than by its length.
+    """
+
+    tokens: Tensor
+    positions: Tensor
+    where: Tensor
+    labels: Tensor
+    weights: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """``rows`` per step. Passages around code words grow from step 0 on and are longest at ``long_from``."""
+
+    seed: int
+    rows: int
+    long_from: int
+    context: int
+
+
+def make_step(tokenizer: Tokenizer, renderer: Renderer, plan: Plan, step: int) -> list[Batch]:
+    """The batches of one step; a function of the plan and the step alone."""
+    random = Random(plan.seed * 1_000_003 + step)
+    ripeness = min(1.0, step / plan.long_from)
+    longest = round(_SHORT_PASSAGE * (_LONG_PASSAGE / _SHORT_PASSAGE) ** ripeness)
+    drawn = list(islice(samples(random.getrandbits(48), longest_passage=longest), plan.rows))
+    rows = [row for row in encode(tokenizer, [renderer(s) for s in drawn], drawn) if len(row.tokens) <= plan.context]
+    return [_batch(group, height, length, random, plan.context) for group, height, length in _groups(rows)]
+
+
+def _groups(rows: list[Encoded]) -> Iterator[tuple[list[Encoded], int, int]]:
+    """Neighbours in length, longest first; with each group the rows and the length of its batch."""
+    rows = sorted(rows, key=lambda row: -len(row.tokens))
+    while rows:
+        length = next(length for length in _LENGTHS if length >= len(rows[0].tokens))
+        height = max(1, _MOST_TOKENS // length)
+        while height > 1 and (height >= 2 * len(rows) or 2 * len(rows[min(height, len(rows)) - 1].tokens) < length):
+            height //= 2
+        yield rows[:height], height, length
+        rows = rows[height:]
+
+
+def _batch(rows: list[Encoded], height: int, length: int, random: Random, context: int) -> Batch:
+    tokens = torch.full((height, length), END)
+    positions = torch.arange(length).repeat(height, 1)
+    where: list[int] = []
+    labels: list[int] = []
+    weights: list[float] = []
+    for i, row in enumerate(rows):
+        tokens[i, : len(row.tokens)] = torch.tensor(row.tokens)
+        if row.stretches and random.random() < 0.5:
+            positions[i] += _gaps(random, len(row.tokens), length, context)
+        learnt = [at for at in range(len(row.tokens) - 1) if row.learnt[at]]
+        where += [i * length + at for at in learnt]
+        labels += [row.tokens[at + 1] for at in learnt]
+        weights += [len(learnt) ** -0.5] * len(learnt)
+    spare = -len(where) % _MULTIPLE
+    where, labels, weights = where + [0] * spare, labels + [END] * spare, weights + [0.0] * spare
+    return Batch(tokens, positions, torch.tensor(where), torch.tensor(labels), torch.tensor(weights))
+
+
+def _gaps(random: Random, used: int, length: int, context: int) -> Tensor:
+    """What to add to the positions of a row of ``used`` tokens: one or two jumps that stay within the context."""
+    shift = torch.zeros(length, dtype=torch.int64)
+    room = context - used
+    for _ in range(random.randint(1, 2)):
+        jump = int(room * random.random() ** 2)
+        shift[random.randrange(used) :] += jump
+        room -= jump
+    return shift

@@ -1,0 +1,57 @@
+"""All skills together: how often each is practised, and the stream of samples that training sees."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from random import Random
+
+from router.values import JsonObject
+from training.sample import Sample, Skill
+from training.skills.arithmetic import Arithmetic
+from training.skills.codeword import CodeWord
+from training.skills.extraction import Extraction
+from training.skills.facts import Facts
+from training.skills.honesty import Honesty
+from training.skills.manners import Manners
+from training.skills.recall import Recall
+from training.skills.repetition import Repetition
+from training.skills.tooling import Tooling
+
+_FACTS, _MANNERS, _HONESTY = Facts(), Manners(), Honesty()
+_SHORT: tuple[Skill, ...] = (_FACTS, _MANNERS, _HONESTY)
+SKILLS: tuple[Skill, ...] = (
+    Arithmetic(),
+    _FACTS,
+    Extraction(),
+    Tooling(_SHORT),
+    Recall(_SHORT),
+    CodeWord(),
+    Repetition(),
+    _MANNERS,
+    _HONESTY,
+)
+_SHARES = (24, 10, 14, 12, 14, 12, 8, 4, 6)
+_SYSTEM = (
+    "You are a helpful assistant.",
+    "You are a helpful assistant. Answer briefly.",
+    "Be brief.",
+    "You are Tandem.",
+)
+
+
+def samples(seed: int, *, longest_passage: int) -> Iterator[Sample]:
+    """Training samples without end, the same for the same seed. ``longest_passage``: sentences around a code word."""
+    random = Random(seed)
+    skills = [CodeWord(longest_passage) if isinstance(skill, CodeWord) else skill for skill in SKILLS]
+    while True:
+        (skill,) = random.choices(skills, _SHARES)
+        yield with_system(random, skill.make(random, held_out=False))
+
+
+def with_system(random: Random, sample: Sample) -> Sample:
+    """Some conversations begin with a system message, as clients send one."""
+    if random.random() > 0.15:
+        return sample
+    system: JsonObject = {"role": "system", "content": random.choice(_SYSTEM)}
+    return replace(sample, messages=(system, *sample.messages))

@@ -1,0 +1,129 @@
+"""Trains a network on the corpus. Seeded; resumable: what is needed to go on is saved every few minutes.
+
+The learning rate warms up, stays, and falls to nothing over the last part of the steps; so a run can be given more
+steps as long as the fall has not begun.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor
+
+from training.batches import Batch, Plan, make_step
+from training.model import Network, Shape
+from training.tokens import Renderer
+
+_WARM_UP_STEPS = 40
+_SAVE_EVERY_S = 120.0
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """``cool_down``: the part of the steps over which the learning rates fall. Rates: of matrices, of the rest."""
+
+    steps: int
+    plan: Plan
+    matrix_rate: float = 5e-3
+    other_rate: float = 4e-3
+    cool_down: float = 0.35
+
+    def rate(self, step: int) -> float:
+        """The share of the full learning rate at ``step``."""
+        left = (self.steps - step) / (self.steps * self.cool_down)
+        return min(1.0, (step + 1) / _WARM_UP_STEPS, max(left, 0.0))
+
+
+class Trainer:
+    """A network and its optimizers; ``file`` holds them between runs."""
+
+    def __init__(self, shape: Shape, recipe: Recipe, tokenizer: Tokenizer, file: Path, device: torch.device) -> None:
+        torch.manual_seed(recipe.plan.seed)
+        self.network = Network(shape).to(device)
+        self.step = 0
+        self._recipe, self._tokenizer, self._file, self._device = recipe, tokenizer, file, device
+        matrices = [p for name, p in self.network.named_parameters() if p.ndim == 2 and "embed" not in name]
+        others = [p for name, p in self.network.named_parameters() if p.ndim != 2 or "embed" in name]
+        self._optimizers: tuple[tuple[torch.optim.Optimizer, float], ...] = (
+            (torch.optim.Muon(matrices, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"), recipe.matrix_rate),
+            (torch.optim.AdamW(others, betas=(0.9, 0.98), weight_decay=0.0, fused=True), recipe.other_rate),
+        )
+        # A core of its own for every batch: threads that share one wait for each other at every small operation.
+        num_workers = 1 if device.type == "cuda" else len(os.sched_getaffinity(0))
+        torch.set_num_threads(1)
+        self._workers = ThreadPoolExecutor(num_workers, "worker", torch.set_num_threads, (1,))
+        if file.exists():
+            self._load()
+
+    def run(self, say: Callable[[str], None], *, until: int | None = None) -> None:
+        """Goes on to the last step, or ``until``; saves at the end."""
+        last = min(until or self._recipe.steps, self._recipe.steps)
+        saved = started = time.monotonic()
+        seen = labels = 0
+        total = 0.0
+        with ThreadPoolExecutor(1) as ahead:
+            renderer = Renderer()
+            coming = ahead.submit(make_step, self._tokenizer, renderer, self._recipe.plan, self.step)
+            while self.step < last:
+                batches = coming.result()
+                coming = ahead.submit(make_step, self._tokenizer, renderer, self._recipe.plan, self.step + 1)
+                total += self._learn(batches)
+                seen += sum(batch.tokens.numel() for batch in batches)
+                labels += 1
+                self.step += 1
+                now = time.monotonic()
+                if self.step % 10 == 0:
+                    rate = seen / (now - started)
+                    say(f"step {self.step}/{self._recipe.steps} loss {total / labels:.4f} {rate:.0f} tokens/s")
+                    started, seen, labels, total = now, 0, 0, 0.0
+                if now - saved > _SAVE_EVERY_S:
+                    saved = now
+                    self._save()
+        self._save()
+
+    def _learn(self, batches: list[Batch]) -> float:
+        """One step of the optimizers; the step's loss."""
+        weight = sum(float(batch.weights.sum()) for batch in batches)
+        largest_first = sorted(batches, key=lambda batch: -batch.tokens.numel())
+        total = 0.0
+        for loss, gradients in self._workers.map(lambda batch: self._gradients(batch, weight), largest_first):
+            total += loss
+            for parameter, gradient in zip(self.network.parameters(), gradients, strict=True):
+                parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
+        torch.nn.utils.clip_grad_norm_(self.network.parameters(), 1.0)
+        for optimizer, rate in self._optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = rate * self._recipe.rate(self.step)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        return total
+
+    def _gradients(self, batch: Batch, weight: float) -> tuple[float, tuple[Tensor, ...]]:
+        """The share in the step's loss of one batch, and its gradients. Runs in several threads at once."""
+        parts = (batch.tokens, batch.positions, batch.where, batch.labels, batch.weights)
+        tokens, positions, where, labels, weights = (part.to(self._device) for part in parts)
+        loss = (self.network.losses(tokens, positions, where, labels) * weights).sum() / weight
+        return loss.item(), torch.autograd.grad(loss, list(self.network.parameters()))
+
+    def _save(self) -> None:
+        draft = self._file.with_suffix(".draft")
+        optimizers = [optimizer.state_dict() for optimizer, _ in self._optimizers]
+        torch.save({"step": self.step, "network": self.network.state_dict(), "optimizers": optimizers}, draft)
+        draft.replace(self._file)
+        about = {"step": self.step, "recipe": asdict(self._recipe), "shape": asdict(self.network.shape)}
+        self._file.with_suffix(".json").write_text(json.dumps(about, indent=2))
+
+    def _load(self) -> None:
+        saved = torch.load(self._file, map_location=self._device, weights_only=True)
+        self.step = saved["step"]
+        self.network.load_state_dict(saved["network"])
+        for (optimizer, _), state in zip(self._optimizers, saved["optimizers"], strict=True):
+            optimizer.load_state_dict(state)
