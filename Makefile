@@ -1,11 +1,12 @@
 # make setup   everything into .venv
 # make demo    all tiers on this machine, one question, its answer and where the time went; then serves on :8000
 # make test    what continuous integration runs
+# make faults  every stage of a request × every fault; writes docs/faults.md
 
 PYTHON ?= python3
 VENV := .venv
 
-.PHONY: setup demo test docs clean
+.PHONY: setup demo test faults docs clean
 
 setup: $(VENV)/.ready
 
@@ -17,6 +18,9 @@ demo: setup
 
 test: setup
 	scripts/check
+
+faults: setup
+	FAULTS=all $(VENV)/bin/python -m pytest tests/faults --timeout 600
 
 docs: setup
 	$(VENV)/bin/python scripts/configuration.py

@@ -71,11 +71,9 @@ def arena(runner: asyncio.Runner, checkpoint: Path, expected: list[int]) -> Iter
 
 
 @pytest.fixture(scope="module")
-def outcomes() -> Iterator[list[Outcome]]:
-    outcomes: list[Outcome] = []
-    yield outcomes
-    if RUN_ALL:
-        write_table(outcomes)
+def outcomes() -> list[Outcome]:
+    """Of all rows so far."""
+    return []
 
 
 @pytest.mark.parametrize("row", rows(only_sample=not RUN_ALL), ids=str)
@@ -87,7 +85,12 @@ def test_the_client_sees_a_pause_and_nothing_else(
     try:
         runner.run(play(row, arena, prompt, expected, outcome))
         outcome.holds = True
+    except BaseException as error:
+        outcome.what = (f"{type(error).__name__}: {error}".splitlines() or [""])[0][:160]
+        raise
     finally:
+        if RUN_ALL:
+            write_table(outcomes)
         runner.run(make_peace(arena))
 
 

@@ -267,11 +267,11 @@ def rows(*, only_sample: bool) -> list[Row]:
 
 
 def write_table(outcomes: Sequence[Outcome]) -> None:
-    """Only what was run is in it, and what did not hold says so."""
+    """Only what was run is in it, and what did not hold says so. Written anew after each row."""
     lines = [_HEAD.format(num=len(outcomes), machine=f"{os.cpu_count()} cores, {platform.system()}")]
     for outcome in outcomes:
         row, fault = outcome.row, FAULTS[outcome.row.fault]
-        verdict = outcome.what if outcome.holds else "**does not hold**"
+        verdict = outcome.what if outcome.holds else f"**does not hold**: {outcome.what}"
         pause, whole = (_seconds(each) for each in (outcome.pause_s, outcome.whole_s))
         lines.append(f"| {row.stage.value} | {row.fault} | {verdict} | {pause} | {fault.within_s:.0f} s | {whole} |")
     path = Path(__file__).parents[2] / "docs" / "faults.md"
