@@ -54,13 +54,18 @@ def card_files(model_folder: Path, tokenizer_folder: Path) -> dict[str, bytes]:
     return files
 
 
-def _folder(name: str, settings: ModelSettings, patterns: tuple[str, ...]) -> Path:
+def local_folder(name: str) -> Path | None:
+    """The folder of that name, or None for what may be a hub name. Raises CheckpointError for what can be neither."""
     path = Path(name).expanduser()
     if path.is_dir():
         return path
     if name.startswith((".", "/", "~")) or name.count("/") != 1:
         raise CheckpointError(f"There is no folder {name}, and a hub name has the form owner/model.", param="model")
-    return _download(name, settings, patterns)
+    return None
+
+
+def _folder(name: str, settings: ModelSettings, patterns: tuple[str, ...]) -> Path:
+    return local_folder(name) or _download(name, settings, patterns)
 
 
 def _download(name: str, settings: ModelSettings, patterns: tuple[str, ...]) -> Path:
@@ -81,7 +86,8 @@ def _download(name: str, settings: ModelSettings, patterns: tuple[str, ...]) -> 
             ignore_patterns=list(_NOT_OURS),
         )
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        reason = " ".join(str(error).split())  # the library writes paragraphs
         raise CheckpointError(
-            f"There is no folder {name}, and the hub did not give a model of that name: {error}", param="model"
+            f"There is no folder {name}, and the hub did not give a model of that name: {reason}", param="model"
         ) from error
     return Path(folder)

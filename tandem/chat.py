@@ -69,6 +69,8 @@ def main(name: str, argv: Sequence[str], environ: Mapping[str, str] = os.environ
     prompt = given.quick if given.quick is not None else given.prompt
     terminal = Terminal(input, lambda text: print(text, end="", flush=True), lambda text: print(text, file=sys.stderr))
     key = given.api_key or next((environ[name] for name in _KEY_NAMES if environ.get(name)), None)
+    # The server's variable may hold a list: any of its keys will do.
+    key = key and key.split(",")[0].strip()
     return asyncio.run(_run(name == "chat", given, prompt, key, terminal))
 
 

@@ -6,6 +6,7 @@ Knows HTTP and server-sent events; prints nothing.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
 from types import TracebackType
@@ -53,7 +54,7 @@ class Client:
                 await _raise_for(reply)
                 listed = await reply.json()
         except aiohttp.ClientError as error:
-            raise NoWorker(f"Cannot reach {self.base}: {error}") from error
+            raise NoWorker(f"Cannot reach {self.base}: {_reason(error)}") from error
         if not listed["data"]:
             raise NoWorker("The server has no model yet.")
         return str(listed["data"][0]["id"])
@@ -77,6 +78,14 @@ class Client:
         except aiohttp.ClientError as error:
             raise NoWorker(f"Lost the connection to {self.base}: {error}") from error
         raise NoWorker("The stream ended without its last word, [DONE].")
+
+
+def _reason(error: aiohttp.ClientError) -> str:
+    """Why, in the system's words where it is the system's news."""
+    if isinstance(error, aiohttp.ClientConnectorError):
+        number = error.os_error.errno  # negative for names that cannot be resolved
+        return f"{os.strerror(number) if number and number > 0 else error.strerror}. Is the server running there?"
+    return str(error)
 
 
 async def _lines(stream: aiohttp.StreamReader) -> AsyncIterator[str]:

@@ -17,9 +17,11 @@ import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
+from engine.checkpoint import local_folder
 from kvtransfer.ledger.records import InventoryChange, WorkerRecord
 from kvtransfer.ledger.redis import RedisLedger
 from kvtransfer.ledger.watcher import LedgerWatcher
+from proto.errors import SetupError
 from proto.ids import Epoch
 from proto.settings import (
     EngineSettings,
@@ -139,6 +141,7 @@ class LocalStack:
 
     async def start(self) -> None:
         """Starts every process and returns at once after: they load on their own time. Raises SetupError."""
+        self._check()
         ledger = self._settings.ledger
         if self._redis is not None:
             await self._redis.start()
@@ -148,6 +151,14 @@ class LocalStack:
         groups = child_groups(self._settings, self._machine, is_private=self._redis is not None)
         self._supervisor = Supervisor(groups, self._say, self._delay_s)
         self._supervising = asyncio.create_task(self._supervisor.run(self._stopping), name="supervisor")
+
+    def _check(self) -> None:
+        """What would fail in a child seconds later, told at once and in one line. Raises SetupError."""
+        router, model = self._settings.router, self._settings.engine.model
+        _free_port(router.host, router.port)
+        for name in (model.model, model.tokenizer):
+            if name:
+                local_folder(name)
 
     async def run(self) -> None:
         """Waits until all are ready, tells, and goes on until a child fails for good: raises ChildFailed then."""
@@ -167,7 +178,8 @@ class LocalStack:
         self._stopping.set()
         try:
             if self._supervising is not None:
-                await asyncio.wait([self._supervising])
+                # What failed has been told, by run() or by the child: nothing is to be raised again.
+                await asyncio.gather(self._supervising, return_exceptions=True)
         finally:
             if self._redis_keeper is not None:
                 self._redis_keeper.cancel()
@@ -281,12 +293,19 @@ def _child(role: str, name: str, environ: Mapping[str, str], settings: StackSett
     )
 
 
-def _free_port(host: str) -> int:
-    """A port that was free a moment ago: the children are told a number, so that the URL is known from the start."""
+def _free_port(host: str, port: int = 0) -> int:
+    """A port that was free a moment ago: the children are told a number, so that the URL is known from the start.
+
+    Raises SetupError when ``port`` is not free, or ``host`` no address of this machine.
+    """
     with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
-        probe.bind((host, 0))
-        port: int = probe.getsockname()[1]
-        return port
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise SetupError(f"cannot listen on {host}:{port}: {error.strerror}") from error
+        found: int = probe.getsockname()[1]
+        return found
 
 
 def _ignore(epoch: Epoch, change: InventoryChange) -> None:

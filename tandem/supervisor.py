@@ -26,6 +26,8 @@ _STEADY_S = 10.0
 _MOST_FAILED_STARTS = 5
 _LAST_LINES = 8
 _LONGEST_LINE = 1 << 16
+_ERROR = "error: "
+"""How ``service.process`` begins the line that says why."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -157,8 +159,8 @@ class Child:
     def _report_death(self, status: int, num_failed_starts: int) -> None:
         why = describe_exit(status)
         if status == EXIT_SETUP:  # the deployment is wrong: it would fail again
-            last = self._last_lines[-1] if self._last_lines else why
-            raise ChildFailed(f"{self.spec.name} cannot start: {last}")
+            said = [line.removeprefix(_ERROR) for line in self._last_lines if line.startswith(_ERROR)]
+            raise ChildFailed(f"{self.spec.name} cannot start: {(said or [*self._last_lines] or [why])[-1]}")
         if num_failed_starts >= _MOST_FAILED_STARTS:
             raise ChildFailed(f"{self.spec.name} failed {num_failed_starts} times as it started ({why})")
         self._say(self.spec.name, f"died ({why}) and is started again; its last lines:")

@@ -59,8 +59,8 @@ def test_dummy_weights_and_tokenizers_download_no_weights(tmp_path: Path, monkey
 
 
 def test_what_the_hub_refuses_is_a_checkpoint_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    hub(monkeypatch, huggingface_hub.errors.LocalEntryNotFoundError("offline"))
-    with pytest.raises(CheckpointError, match=r"owner/model.*offline"):
+    hub(monkeypatch, huggingface_hub.errors.LocalEntryNotFoundError("Got:\n  offline\n"))
+    with pytest.raises(CheckpointError, match=r"owner/model.*: Got: offline$"):
         locate(ModelSettings(model="owner/model"))
 
 

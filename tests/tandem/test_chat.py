@@ -125,7 +125,9 @@ async def test_failures_say_whose_they_are(server: Server) -> None:
 
 async def test_nobody_listening_is_one_clear_error() -> None:
     async with Client("http://127.0.0.1:1") as client:
-        with pytest.raises(NoWorker, match=r"Cannot reach http://127\.0\.0\.1:1/v1"):
+        with pytest.raises(
+            NoWorker, match=r"^Cannot reach http://127\.0\.0\.1:1/v1: Connection refused\. Is the server"
+        ):
             await client.first_model()
 
 
@@ -166,6 +168,15 @@ async def test_a_completion_stands_alone(server: Server) -> None:
     assert screen.shown == " there\n there\n"
     assert [body["prompt"] for body in server.bodies] == ["Hi", "Ho"]
     assert "messages" not in server.bodies[1]
+
+
+async def test_the_server_s_list_of_keys_will_do(server: Server) -> None:
+    import asyncio
+
+    server.scripts = [GREETING]
+    environ = {"TANDEM_API_KEY": "one, two", "OPENAI_API_KEY": "other"}
+    assert await asyncio.to_thread(chat.main, "chat", ["--url", server.url, "Hello"], environ) == 0
+    assert server.keys == ["Bearer one"]
 
 
 @pytest.mark.parametrize("argv", [["--quick", "Hello"], ["Hello"], ["Hello", "--temperature=0", "--stats"]])

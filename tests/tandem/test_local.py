@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import os
+import socket
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -133,10 +135,38 @@ def test_port_zero_is_settled_before_anybody_is_told() -> None:
     assert 0 < int(stack.url.split(":")[2].removesuffix("/v1")) < 65536
 
 
-async def test_a_model_that_does_not_load_ends_the_stack_with_its_reason() -> None:
+@pytest.mark.parametrize(
+    ("argv", "why"),
+    [
+        (("--model-path", "/nonexistent/model", "--port", "0"), "There is no folder /nonexistent/model"),
+        (("--tokenizer", "nothing", "--port", "0"), "There is no folder nothing"),
+        (("--host", "203.0.113.1", "--port", "80"), r"cannot listen on 203\.0\.113\.1:80"),
+    ],
+)
+async def test_what_is_plainly_wrong_is_told_before_anything_is_started(argv: tuple[str, ...], why: str) -> None:
+    given = build_parser(SERVE, "tandem serve", "").read(list(argv))
+    resolved = resolve(SERVE, given, {})
+    settings = StackSettings.of(resolved, resolved.engine())
+    stack = LocalStack(settings, Machine(1), say=lambda name, line: None, on_ready=lambda ready: None)
+    with pytest.raises(SetupError, match=why):
+        await stack.start()
+    await stack.stop()
+
+
+async def test_a_taken_port_is_told_before_anything_is_started() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        settings = stack_settings("--host", "127.0.0.1", "--port", str(port))
+        stack = LocalStack(settings, Machine(1), say=lambda name, line: None, on_ready=lambda ready: None)
+        with pytest.raises(SetupError, match=f"cannot listen on 127.0.0.1:{port}: Address already in use"):
+            await stack.start()
+    await stack.stop()
+
+
+async def test_a_model_that_does_not_load_ends_the_stack_with_its_reason(tmp_path: Path) -> None:
     said: list[tuple[str, str]] = []
-    settings = stack_settings("--model", "some/model", "--port", "0", "--device", "cpu", "--drain-timeout", "1")
-    model = replace(settings.engine.model, model="/nonexistent/model")
+    settings = stack_settings("--port", "0", "--device", "cpu", "--drain-timeout", "1")
+    model = replace(settings.engine.model, model=str(tmp_path))
     settings = replace(settings, engine=replace(settings.engine, model=model))
     stack = LocalStack(
         settings, Machine(1), say=lambda name, line: said.append((name, line)), on_ready=lambda ready: None
@@ -144,7 +174,7 @@ async def test_a_model_that_does_not_load_ends_the_stack_with_its_reason() -> No
     await stack.start()
     try:
         async with asyncio.timeout(120):
-            with pytest.raises(SetupError, match=r"(prefill|decode)-0 cannot start: .*/nonexistent/model"):
+            with pytest.raises(SetupError, match=rf"^(prefill|decode)-0 cannot start: (?!error: ).*{tmp_path}"):
                 await stack.run()
     finally:
         await stack.stop()

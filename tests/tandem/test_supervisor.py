@@ -107,6 +107,12 @@ async def test_a_wrong_deployment_is_not_tried_twice() -> None:
         await Supervisor([[spec("a", code)]], Lines(), at_once).run(asyncio.Event())
 
 
+async def test_the_reason_is_the_line_that_says_error() -> None:
+    code = f"import sys; print('error: no such model'); print('resource_tracker: bye'); sys.exit({EXIT_SETUP})"
+    with pytest.raises(ChildFailed, match=r"^a cannot start: no such model$"):
+        await Supervisor([[spec("a", code)]], Lines(), at_once).run(asyncio.Event())
+
+
 async def test_groups_are_stopped_in_order() -> None:
     lines, stop = Lines(), asyncio.Event()
     code = """
