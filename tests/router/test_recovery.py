@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from proto.control import Abort, Failed, Prefill, Redirect, RejectReason, Role
 from proto.errors import InvalidRequest, LocalFault, NotSupported, Overloaded, TandemError, UserError, WorkerLost
-from proto.ids import Generation, RequestId
+from proto.ids import Epoch, Generation, RequestId
 from proto.lifecycle import Stage
 from router.recovery import Remedy, Side, Situation, after_loss, after_rejection, error_of
 from tests.support.fleet import House, read_all, token
@@ -348,6 +348,34 @@ async def test_attempts_are_bounded_and_the_error_names_the_stage() -> None:
         await anext(stream)
     assert caught.value.stage == "routed"
     assert house.flow.num_inflight == 0
+
+
+async def test_blocks_that_no_decode_worker_can_take_are_not_offered_for_ever() -> None:
+    house = House("p1", "d1", "d2", max_attempts=3)
+    stream = await house.start()
+    offered = [house.last_attach()[0]]
+    for _ in range(2):
+        house.rejects("p1", stream.id, RejectReason.MISMATCH, held=True)
+        house.timers.advance(2.0)
+        offered.append(house.last_attach()[0])
+    assert sorted(offered[:2]) == ["d1", "d2"]
+    house.rejects("p1", stream.id, RejectReason.MISMATCH, held=True)
+    with pytest.raises(WorkerLost, match="3 attempts"):
+        await anext(stream)
+
+
+async def test_a_protocol_break_and_our_own_fault_are_held_against_the_worker() -> None:
+    house = House("p1", "d1")
+    stream = await house.start()
+    house.says("p1", token(stream.id, 0, choice=7))
+    assert house.fleet.faults == ["p1"]
+    failed = Failed(stream.id, house.last_attach()[1].generation, 400, "k", "too long", "prompt")
+    house.flow.message_came(Epoch("epoch-d1"), failed)
+    assert house.fleet.faults == ["p1"]
+    second = await house.start()
+    generation = house.last_attach()[1].generation
+    house.flow.message_came(Epoch("epoch-d1"), Failed(second.id, generation, 500, "k", "a bug"))
+    assert house.fleet.faults == ["p1", "d1"]
 
 
 async def test_prefill_that_released_before_a_redirect_reached_it() -> None:

@@ -39,6 +39,8 @@ class ScriptedWorker:
     def __init__(self, name: str, role: Role, load: Load = LOAD) -> None:
         self.load = load
         self.num_bytes = 100
+        self.hangs_up = False
+        """End the next stream on which a request comes."""
         self.report = HealthReport(Phase.READY, True)
         self.name, self.role, self.epoch = WorkerId(name), role, Epoch(f"epoch-{name}")
         self.got: list[FromRouter] = []
@@ -60,6 +62,9 @@ class ScriptedWorker:
             while True:
                 message = await stream.receive()
                 self.got.append(message)
+                if self.hangs_up and isinstance(message, Attach):
+                    self.hangs_up = False
+                    return
                 if isinstance(message, (Prefill, Attach)):
                     await self.may_speak.wait()
                     self.answer(stream, message)
@@ -279,6 +284,31 @@ async def test_a_dead_decode_worker_costs_no_answer(local_redis: LocalRedis) -> 
         assert (status, text_of(body)) == (200, "abcd")
         attach = next(message for message in second.got if isinstance(message, Attach))
         assert attach.generation == 2
+
+
+async def test_a_stream_that_breaks_costs_no_second_try(local_redis: LocalRedis) -> None:
+    async with town(local_redis) as place:
+        await place.add(ScriptedWorker("p1", Role.PREFILL))
+        decode = await place.add(ScriptedWorker("d1", Role.DECODE))
+        decode.hangs_up = True
+        status, body = await place.complete()
+        assert (status, text_of(body)) == (200, "abcd")
+        attaches = [message for message in decode.got if isinstance(message, Attach)]
+        assert [attach.generation for attach in attaches] == [1, 1]
+        assert len(decode.streams) == 2
+        _, metrics = await place.get("/metrics")
+        assert "tandem_recoveries_total{" not in metrics
+
+
+async def test_a_request_during_shutdown_is_told_when_to_come_back(local_redis: LocalRedis) -> None:
+    async with town(local_redis) as place:
+        await place.add(ScriptedWorker("d1", Role.DECODE))
+        place.service.flow.close()
+        body = {"model": "tiny", "prompt": PROMPT, "max_tokens": 4}
+        url = f"http://127.0.0.1:{place.service.port}/v1/completions"
+        async with place.http.post(url, json=body) as response:
+            assert response.status == 503
+            assert int(response.headers["retry-after"]) >= 1
 
 
 async def test_without_redis_the_known_workers_go_on(local_redis: LocalRedis) -> None:
