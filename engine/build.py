@@ -29,6 +29,7 @@ from engine.runner import Runner
 from engine.weights import DummySource, MeasuringSource, SafetensorsSource, WeightSource, stored_dtype
 from kernels import dispatch
 from kernels.reference import DenseLinear
+from kernels.types import Kernels, KernelsUnavailable
 from proto.control import ModelCard
 from proto.errors import SettingsError
 from proto.hashing import BlockHasher, hash_key
@@ -109,12 +110,12 @@ def load_engine_parts(settings: EngineSettings, on_phase: Callable[[str, float],
         sizing.wanted_length(settings.model.max_model_len, spec.max_context)
     with phase("weights"):
         source = _source(settings.model, folder, dtype, device)
-        kernels = dispatch.choose(device, dtype)
+        kernels = _kernels(settings.model, spec, device, dtype)
         _check_weights_fit(spec, dtype, device)
         model = Decoder(spec, source, kernels, device)
         digest = source.digest(repr(spec))
     with phase("memory"):
-        facts, kv = _make_memory(settings, spec, digest, dtype, device, kernels.name, _eos(folder, config))
+        facts, kv = _make_memory(settings, spec, digest, dtype, device, kernels, _eos(folder, config))
         runner = Runner(model, kv, facts)
     if not settings.model.skip_warmup:
         with phase("warmup"):
@@ -157,6 +158,15 @@ def _source(settings: ModelSettings, folder: Path, dtype: torch.dtype, device: t
     return SafetensorsSource(folder, dtype, device)
 
 
+def _kernels(settings: ModelSettings, spec: ModelSpec, device: torch.device, dtype: torch.dtype) -> Kernels:
+    if not settings.batch_invariant:
+        return dispatch.choose(device, dtype)
+    try:
+        return dispatch.choose_batch_invariant(device, dtype, spec.head_dim)
+    except KernelsUnavailable as reason:
+        raise SettingsError(f"batch_invariant needs kernels of its own: {reason}.", param="batch_invariant") from reason
+
+
 def _check_weights_fit(spec: ModelSpec, dtype: torch.dtype, device: torch.device) -> None:
     """Builds the model once without its memory: what it takes is counted by the code that takes it."""
     counted = MeasuringSource(dtype)
@@ -177,7 +187,7 @@ def _make_memory(
     digest: str,
     dtype: torch.dtype,
     device: torch.device,
-    kernels: str,
+    kernels: Kernels,
     eos: tuple[int, ...],
 ) -> tuple[EngineFacts, KvMemory]:
     layout = KvLayout(
@@ -233,9 +243,12 @@ def _available(
     return max(0, int(total * settings.cache.gpu_memory_utilization) - (total - free) - step)
 
 
-def _numerics(device: torch.device, dtype: torch.dtype, kernels: str) -> str:
+def _numerics(device: torch.device, dtype: torch.dtype, kernels: Kernels) -> str:
+    """Batch-invariant kernels give the same on any number of threads."""
     threads = f" {torch.get_num_threads()} threads" if device.type == "cpu" else ""
-    return f"{kernels}; torch {torch.__version__}; {machine.instruction_set(device)}{threads}; {dtype}"
+    if kernels.is_batch_invariant:
+        threads = " batch-invariant"
+    return f"{kernels.name}; torch {torch.__version__}; {machine.instruction_set(device)}{threads}; {dtype}"
 
 
 def _warm_up(runner: Runner, kv: KvMemory, facts: EngineFacts) -> None:

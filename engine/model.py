@@ -130,7 +130,7 @@ class Decoder:
         self.spec = spec
         self.device = device
         self.kernels = kernels
-        self._rope = Rope(spec.rope, spec.head_dim, device)
+        self._rope = Rope(spec.rope, spec.head_dim, device, one_by_one=kernels.is_batch_invariant)
         table = (spec.vocab_size, spec.hidden_size)
         self._embedding: Linear
         if spec.tie_embeddings:

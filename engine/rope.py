@@ -46,9 +46,14 @@ class RopeSpec:
 
 
 class Rope:
-    """Angles for heads of ``head_dim`` on ``device``."""
+    """Angles for heads of ``head_dim`` on ``device``.
 
-    def __init__(self, spec: RopeSpec, head_dim: int, device: torch.device) -> None:
+    ``one_by_one``: each token's apart, so that their last bits cannot depend on which tokens a step has (a vectorised
+    cosine may round otherwise than the one that takes care of a tensor's end).
+    """
+
+    def __init__(self, spec: RopeSpec, head_dim: int, device: torch.device, *, one_by_one: bool = False) -> None:
+        self._one_by_one = one_by_one
         self._spec = spec
         self._head_dim = head_dim
         exponents = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
@@ -57,6 +62,12 @@ class Rope:
 
     def angles(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """cos and sin, float32 ``[tokens, 1, head_dim]``, in the form ``kernels.reference.rotate`` takes."""
+        if not self._one_by_one:
+            return self._angles(positions)
+        pairs = [self._angles(position) for position in positions[:, None]]
+        return torch.cat([cos for cos, _ in pairs]), torch.cat([sin for _, sin in pairs])
+
+    def _angles(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         inverse = self._inverse if self._spec.kind != "dynamic" else self._stretched(positions)
         angles = positions.float()[:, None] * inverse
         cos, sin = angles.cos() * self._spec.attention_factor, angles.sin() * self._spec.attention_factor

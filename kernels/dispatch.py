@@ -7,8 +7,8 @@ from dataclasses import replace
 import torch
 
 from kernels import noise, reference
-from kernels.cpu import native
-from kernels.types import Kernels
+from kernels.cpu import native, ordered
+from kernels.types import Kernels, KernelsUnavailable
 
 REFERENCE = Kernels(
     name="torch",
@@ -27,18 +27,42 @@ def choose(device: torch.device, dtype: torch.dtype) -> Kernels:
 
     For other types than bfloat16 those compute the noise of draws alone.
     """
-    compiled = native.load() if device.type == "cpu" else None
+    compiled = native.load(REFERENCE) if device.type == "cpu" else None
     if compiled is None:
         return REFERENCE
     if dtype != torch.bfloat16:
         return replace(REFERENCE, name="torch, amx noise", gumbel=compiled.gumbel)
-    return Kernels(
-        name="amx",
+    return _on_tiles(compiled, REFERENCE)
+
+
+def choose_batch_invariant(device: torch.device, dtype: torch.dtype, head_dim: int) -> Kernels:
+    """Kernels with ``is_batch_invariant``: on AMX tiles for bfloat16 where there are any, else on any CPU.
+
+    Raises KernelsUnavailable where there are none for such a model.
+    """
+    if device.type != "cpu":
+        raise KernelsUnavailable(f"there are none for {device.type} devices, only for the CPU")
+    if dtype not in ordered.DTYPES:
+        raise KernelsUnavailable(f"there are none for {dtype}, only for float32 and bfloat16")
+    if head_dim > ordered.MAX_HEAD_DIM:
+        raise KernelsUnavailable(f"heads have {head_dim} dimensions, and {ordered.MAX_HEAD_DIM} is the most they take")
+    anywhere = ordered.make()
+    compiled = native.load(anywhere)
+    if compiled is None:
+        return anywhere
+    if dtype != torch.bfloat16:
+        return replace(anywhere, name="ordered, amx noise", gumbel=compiled.gumbel)
+    return _on_tiles(compiled, anywhere)
+
+
+def _on_tiles(compiled: native.NativeKernels, other: Kernels) -> Kernels:
+    return replace(
+        other,
+        name="amx" if other is REFERENCE else f"amx, {other.name}",
         linear=compiled.linear,
         rms_norm=compiled.rms_norm,
         rotate=compiled.rotate,
         gate=compiled.gate,
-        write_kv=reference.write_kv,
         attend=compiled.attend,
         gumbel=compiled.gumbel,
     )

@@ -62,3 +62,9 @@ class Kernels:
     attend: Callable[[Tensor, Tensor, int, Ragged, int | None, float], Tensor]
     gumbel: Callable[[Sequence[int], int, torch.device], Tensor]
     """As ``kernels.noise.gumbel``."""
+    is_batch_invariant: bool = False
+    """A row's results have the same bits in any batch, and however its prompt is cut into chunks."""
+
+
+class KernelsUnavailable(Exception):
+    """Compiled kernels cannot be had here; the message says why."""

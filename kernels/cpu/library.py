@@ -14,40 +14,81 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
+from ctypes import c_int, c_int64, c_void_p
+from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
+
+from kernels.types import KernelsUnavailable
 
 log = logging.getLogger(__name__)
 
+Function = Callable[..., int]
+
 _FOLDER = Path(__file__).parent
-_SOURCES = ("linear.c", "attention.c", "elementwise.c", "noise.c")
-_HEADERS = ("tiles.h", "vector.h")
-_ISA = ("avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_bf16", "fma", "amx_tile", "amx_bf16")
-_TARGET = [f"-m{name.replace('_bf16', 'bf16') if name.startswith('avx') else name.replace('_', '-')}" for name in _ISA]
-_FLAGS = ["-O3", "-std=gnu11", "-fPIC", "-shared", "-fopenmp", "-ffp-contract=off", *_TARGET]
-"""The target is named, not "native": a library compiled elsewhere, into an image say, computes the same."""
+_FLAGS = ("-O3", "-std=gnu11", "-fPIC", "-shared", "-fopenmp", "-ffp-contract=off", "-Wno-psabi")
 
 
-def load() -> ctypes.CDLL | None:
-    """The compiled kernels, or None, with the reason logged, where this machine cannot run or compile them."""
-    if sys.platform != "linux" or not set(_ISA) <= _cpu_flags():
-        log.info("CPU kernels: none for this processor (they need AMX); using torch")
-        return None
+@dataclass(frozen=True, slots=True)
+class Build:
+    """One library. ``isa`` are the processor's features, as Linux names them, that it needs and is compiled for.
+
+    The target is named, not "native": a library compiled elsewhere, into an image say, computes the same.
+    """
+
+    name: str
+    sources: tuple[str, ...]
+    headers: tuple[str, ...]
+    isa: tuple[str, ...]
+
+    @property
+    def flags(self) -> list[str]:
+        """``-mavx512bf16`` for avx512_bf16, but ``-mamx-bf16`` for amx_bf16."""
+        avx = [name.replace("_bf16", "bf16") for name in self.isa if not name.startswith("amx")]
+        amx = [name.replace("_", "-") for name in self.isa if name.startswith("amx")]
+        return [*_FLAGS, *(f"-m{name}" for name in avx + amx)]
+
+    def runs_here(self) -> bool:
+        return sys.platform == "linux" and set(self.isa) <= _cpu_flags()
+
+
+AMX = Build(
+    "kernels",
+    ("linear.c", "attention.c", "elementwise.c", "noise.c"),
+    ("tiles.h", "vector.h"),
+    ("avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_bf16", "fma", "amx_tile", "amx_bf16"),
+)
+
+_ORDERED_ISAS = (("avx512f", "avx512bw", "avx512vl", "avx512dq", "fma"), ("avx2", "fma"), ())
+
+
+def ordered() -> Build:
+    """The batch-invariant kernels, for the best instructions that this processor has."""
+    isa = next(isa for isa in _ORDERED_ISAS if set(isa) <= _cpu_flags())
+    return Build("ordered", ("ordered.c",), (), isa)
+
+
+def load(build: Build) -> ctypes.CDLL:
+    """The compiled kernels. Raises KernelsUnavailable where this machine cannot run or compile them."""
+    if not build.runs_here():
+        raise KernelsUnavailable("this processor cannot run them")
     compiler = shutil.which(os.environ.get("CC", "cc")) or shutil.which("gcc")
     if compiler is None:
-        log.warning(
-            "CPU kernels: no C compiler found (CC, cc or gcc); using torch, which decodes at about half the speed"
-        )
-        return None
+        raise KernelsUnavailable("no C compiler found (CC, cc or gcc)")
     try:
-        library = ctypes.CDLL(str(_compiled(compiler)))
+        return ctypes.CDLL(str(_compiled(build, compiler)))
     except (OSError, subprocess.CalledProcessError) as error:
         reason = error.stderr if isinstance(error, subprocess.CalledProcessError) else error
-        log.warning("CPU kernels: not usable, using torch: %s", reason)
-        return None
-    if not library.allow_tiles():
-        log.info("CPU kernels: the system does not allow AMX to this process; using torch")
-        return None
-    return library
+        raise KernelsUnavailable(f"not usable: {reason}") from error
+
+
+def declare(functions: ctypes.CDLL, name: str, pointers: int, numbers: int, *others: type) -> Function:
+    """A C function of so many pointers, then 64-bit numbers, then ``others``."""
+    function = functions[name]
+    function.argtypes = [c_void_p] * pointers + [c_int64] * numbers + list(others)
+    function.restype = c_int
+    return cast(Function, function)
 
 
 def cache_folder() -> Path:
@@ -56,20 +97,20 @@ def cache_folder() -> Path:
     return Path(given) if given else Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "tandem"
 
 
-def _compiled(compiler: str) -> Path:
+def _compiled(build: Build, compiler: str) -> Path:
     """The shared library, compiled unless it is there. Two processes may do so at once: the last rename wins."""
     version = subprocess.run([compiler, "--version"], capture_output=True, check=True, text=True).stdout
-    digest = hashlib.blake2b(" ".join([version, *_FLAGS]).encode(), digest_size=8)
-    for name in _SOURCES + _HEADERS:
+    digest = hashlib.blake2b(" ".join([version, *build.flags]).encode(), digest_size=8)
+    for name in build.sources + build.headers:
         digest.update((_FOLDER / name).read_bytes())
     folder = _private_folder()
-    library = folder / f"kernels-{digest.hexdigest()}.so"
+    library = folder / f"{build.name}-{digest.hexdigest()}.so"
     if not library.exists():
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
             made = Path(scratch) / library.name
-            sources = [str(_FOLDER / name) for name in _SOURCES]
+            sources = [str(_FOLDER / name) for name in build.sources]
             subprocess.run(
-                [compiler, *_FLAGS, *sources, "-o", str(made), "-lm"], capture_output=True, check=True, text=True
+                [compiler, *build.flags, *sources, "-o", str(made), "-lm"], capture_output=True, check=True, text=True
             )
             made.replace(library)
         log.info("CPU kernels: compiled %s", library)

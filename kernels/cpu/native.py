@@ -1,49 +1,50 @@
 """The compiled kernels behind the signatures of ``kernels.reference``, for bfloat16.
 
-Whatever shape a compiled kernel does not take goes to the reference instead, so the choice shows in speed alone.
+Whatever shape a compiled kernel does not take goes to other kernels instead, so the choice shows in speed alone.
 A row's result depends neither on its batch nor on how its prompt was cut into chunks: every sum has one fixed order.
 """
 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Sequence
-from ctypes import c_float, c_int, c_int64, c_void_p
-from typing import cast
+import logging
+from collections.abc import Sequence
+from ctypes import c_float, c_int
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from kernels import reference
 from kernels.cpu import library
+from kernels.cpu.library import Function, declare
 from kernels.cpu.memory import empty_weights
-from kernels.types import Linear, Ragged
+from kernels.types import Kernels, KernelsUnavailable, Linear, Ragged
 
-_Function = Callable[..., int]
+log = logging.getLogger(__name__)
 
 
 class NativeKernels:
     """Functions of one loaded library. Uses as many threads as torch is set to."""
 
-    def __init__(self, functions: ctypes.CDLL) -> None:
-        self._pack = _declare(functions, "pack_weight", 2, 3, c_int)
-        self._linear = _declare(functions, "linear", 4, 3, c_int)
-        self._attend = _declare(functions, "attend", 6, 10, c_float, c_int)
-        self._rms_norm = _declare(functions, "rms_norm", 3, 4, c_float, c_int)
-        self._rotate = _declare(functions, "rotate", 4, 4, c_int)
-        self._gumbel = _declare(functions, "gumbel", 2, 2, c_int)
-        self._gate_silu = _declare(functions, "gate_silu", 2, 2, c_int)
+    def __init__(self, functions: ctypes.CDLL, other: Kernels) -> None:
+        self._other = other
+        self._pack = declare(functions, "pack_weight", 2, 3, c_int)
+        self._linear = declare(functions, "linear", 4, 3, c_int)
+        self._attend = declare(functions, "attend", 6, 10, c_float, c_int)
+        self._rms_norm = declare(functions, "rms_norm", 3, 4, c_float, c_int)
+        self._rotate = declare(functions, "rotate", 4, 4, c_int)
+        self._gumbel = declare(functions, "gumbel", 2, 2, c_int)
+        self._gate_silu = declare(functions, "gate_silu", 2, 2, c_int)
 
     def linear(self, parts: Sequence[Tensor], bias: Tensor | None) -> Linear:
         if parts[0].shape[1] % 32:
-            return reference.linear(parts, bias)
+            return self._other.linear(parts, bias)
         return PackedLinear(self._pack, self._linear, parts, bias)
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         tokens, heads, n = (x.shape[0], 1, x.shape[1]) if x.dim() == 2 else x.shape
         if n % 16 or not _is_dense(x):
-            return reference.rms_norm(x, weight, eps)
+            return self._other.rms_norm(x, weight, eps)
         out = torch.empty(x.shape, dtype=x.dtype)
         threads = torch.get_num_threads()
         self._rms_norm(x.data_ptr(), weight.data_ptr(), out.data_ptr(), tokens, heads, n, x.stride(0), eps, threads)
@@ -52,7 +53,7 @@ class NativeKernels:
     def rotate(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         tokens, heads, n = x.shape
         if n % 32 or not _is_dense(x):
-            return reference.rotate(x, cos, sin)
+            return self._other.rotate(x, cos, sin)
         out = torch.empty(x.shape, dtype=x.dtype)
         threads = torch.get_num_threads()
         self._rotate(
@@ -63,7 +64,7 @@ class NativeKernels:
     def gate(self, x: Tensor, activation: str) -> Tensor:
         tokens, width = x.shape
         if activation != "silu" or width % 32 or not x.is_contiguous():
-            return reference.gate(x, activation)
+            return self._other.gate(x, activation)
         out = torch.empty((tokens, width // 2), dtype=x.dtype)
         self._gate_silu(x.data_ptr(), out.data_ptr(), tokens, width // 2, torch.get_num_threads())
         return out
@@ -79,7 +80,7 @@ class NativeKernels:
         _, heads, head_dim = query.shape
         block_size, kv_heads = kv.shape[3:5]
         if head_dim % 32 or head_dim > 256 or block_size % 16 or not _is_dense(query):
-            return reference.attend(query, kv, layer, batch, window, scale)
+            return self._other.attend(query, kv, layer, batch, window, scale)
         out = torch.empty(query.shape, dtype=query.dtype)
         self._attend(
             query.data_ptr(),
@@ -107,7 +108,7 @@ class NativeKernels:
 class PackedLinear:
     """A matrix in the order in which tiles consume it; the original is not kept."""
 
-    def __init__(self, pack: _Function, multiply: _Function, parts: Sequence[Tensor], bias: Tensor | None) -> None:
+    def __init__(self, pack: Function, multiply: Function, parts: Sequence[Tensor], bias: Tensor | None) -> None:
         columns = parts[0].shape[1]
         self._multiply = multiply
         self._rows = sum(part.shape[0] for part in parts)
@@ -142,18 +143,20 @@ class PackedLinear:
         return self._packed[index // 16, :, index % 16].flatten(1)
 
 
-def load() -> NativeKernels | None:
-    """None, with the reason logged, where the kernels cannot run."""
-    functions = library.load()
-    return None if functions is None else NativeKernels(functions)
-
-
-def _declare(functions: ctypes.CDLL, name: str, pointers: int, numbers: int, *others: type) -> _Function:
-    """A C function of so many pointers, then 64-bit numbers, then ``others``."""
-    function = functions[name]
-    function.argtypes = [c_void_p] * pointers + [c_int64] * numbers + list(others)
-    function.restype = c_int
-    return cast(_Function, function)
+def load(other: Kernels) -> NativeKernels | None:
+    """``other`` does what tiles do not take. None, with the reason logged, where the kernels cannot run."""
+    if not library.AMX.runs_here():
+        log.info("CPU kernels: none for this processor (they need AMX); using %s", other.name)
+        return None
+    try:
+        functions = library.load(library.AMX)
+    except KernelsUnavailable as reason:
+        log.warning("CPU kernels: %s; using %s, which decodes at about half the speed", reason, other.name)
+        return None
+    if not functions.allow_tiles():
+        log.info("CPU kernels: the system does not allow AMX to this process; using %s", other.name)
+        return None
+    return NativeKernels(functions, other)
 
 
 def _is_dense(x: Tensor) -> bool:

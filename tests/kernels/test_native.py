@@ -13,6 +13,7 @@ import torch
 
 from kernels import noise, reference
 from kernels.cpu import library, native
+from kernels.dispatch import REFERENCE
 from kernels.types import ChunkSpan, Ragged
 
 BFLOAT = torch.bfloat16
@@ -20,7 +21,7 @@ BFLOAT = torch.bfloat16
 
 @pytest.fixture(scope="module")
 def kernels() -> native.NativeKernels:
-    loaded = native.load()
+    loaded = native.load(REFERENCE)
     if loaded is None:
         pytest.skip("the compiled kernels cannot run here")
     return loaded
@@ -180,10 +181,10 @@ def test_compiles_into_the_given_folder_once(
     kernels: native.NativeKernels, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TANDEM_CACHE", str(tmp_path / "cache"))
-    assert library.load() is not None
+    assert library.load(library.AMX)
     [made] = (tmp_path / "cache").iterdir()
     written = made.stat().st_mtime_ns
-    assert library.load() is not None
+    assert library.load(library.AMX)
     assert [made] == list((tmp_path / "cache").iterdir())
     assert made.stat().st_mtime_ns == written
 
@@ -194,9 +195,9 @@ def test_without_a_compiler_or_with_a_broken_one_torch_does_it(
     monkeypatch.setenv("TANDEM_CACHE", str(tmp_path))
     monkeypatch.setenv("CC", "/bin/false")
     with caplog.at_level(logging.WARNING):
-        assert library.load() is None
+        assert native.load(REFERENCE) is None
     monkeypatch.setenv("CC", "absent")
     monkeypatch.setenv("PATH", str(tmp_path))
     with caplog.at_level(logging.WARNING):
-        assert library.load() is None
+        assert native.load(REFERENCE) is None
     assert "no C compiler" in caplog.text
