@@ -122,6 +122,10 @@ class ChatTemplates:
     def __bool__(self) -> bool:
         return bool(self._templates)
 
+    def replaced(self, source: str) -> ChatTemplates:
+        """These variables with ``source`` as the only template."""
+        return ChatTemplates({"default": source}, self._special_tokens)
+
     def choose(self, *, with_tools: bool) -> ChatTemplate:
         """Raises InvalidRequest when the model has none that fits."""
         if with_tools and "tool_use" in self._templates:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import operator
 import random
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,7 +23,9 @@ from proto.ids import RequestId
 from proto.request import Request, SamplingParams, TokenOut
 from router.contract import NewRequest
 from router.openai.generation import Choice, Delta
+from router.openai.schema import read_conversation
 from router.tokenizer import ServedModel
+from router.validate import Fields
 from router.values import Json, JsonObject
 from tandem.options import OFFLINE, from_keywords
 from tandem.outputs import CompletionOutput, Logprob, RequestOutput
@@ -40,6 +43,7 @@ class PromptDict(TypedDict, total=False):
 
 Prompt = str | PromptDict | Sequence[int]
 Params = SamplingParams | Sequence[SamplingParams] | None
+TextAndIds = tuple[str | None, tuple[int, ...]]
 
 
 class LLM:
@@ -72,41 +76,53 @@ class LLM:
         sampling_params: Params = None,
         *,
         use_tqdm: bool = True,
+        priority: Sequence[int] | None = None,
     ) -> list[RequestOutput]:
         """Completes each prompt; the outputs are in the prompts' order.
 
         A prompt is a text, ``{"prompt": text}``, ``{"prompt_token_ids": ids}`` or a list of ids. ``sampling_params``:
         one for all, one per prompt, or None for the model's defaults. Requests without a seed get one from the
-        ``seed`` setting, in order. ``use_tqdm``: show progress, on a terminal. Raises InvalidRequest before anything
-        is computed.
+        ``seed`` setting, in order. ``use_tqdm``: show progress, on a terminal. ``priority``: one per prompt, the
+        lowest first, with scheduling_policy="priority". Raises InvalidRequest before anything is computed.
         """
         texts_and_ids = [self._read_prompt(prompt) for prompt in _as_list(prompts)]
-        return self._run(texts_and_ids, _per_prompt(sampling_params, len(texts_and_ids)), use_tqdm)
+        return self._run(texts_and_ids, sampling_params, use_tqdm, priority)
 
     def chat(
         self,
         messages: Sequence[JsonObject] | Sequence[Sequence[JsonObject]],
         sampling_params: Params = None,
-        *,
         use_tqdm: bool = True,
+        *,
+        chat_template: str | None = None,
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
         tools: list[Json] | None = None,
         chat_template_kwargs: Mapping[str, Json] | None = None,
     ) -> list[RequestOutput]:
-        """Answers one conversation, or each of several. Raises InvalidRequest."""
-        conversations = _conversations(messages)
-        texts_and_ids: list[tuple[str | None, tuple[int, ...]]] = []
-        for conversation in conversations:
-            text = self._model.templates.render(
-                conversation,
-                tools=tools,
-                add_generation_prompt=add_generation_prompt,
-                continue_final_message=continue_final_message,
-                variables=chat_template_kwargs,
+        """Answers one conversation, or each of several. ``chat_template`` is a template's source, in place of the
+        model's; messages are read as the server reads them. Raises InvalidRequest."""
+        templates = self._model.templates
+        if chat_template is not None:
+            templates = templates.replaced(chat_template)
+        options: JsonObject = {
+            "tools": tools or None,
+            "add_generation_prompt": add_generation_prompt and not continue_final_message,
+            "continue_final_message": continue_final_message,
+            "chat_template_kwargs": dict(chat_template_kwargs or {}),
+        }
+        texts_and_ids: list[TextAndIds] = []
+        for messages_of_one in _conversations(messages):
+            asked = read_conversation(Fields({**options, "messages": list(messages_of_one)}))
+            text = templates.render(
+                asked.messages,
+                tools=asked.tools,
+                add_generation_prompt=asked.add_generation_prompt,
+                continue_final_message=asked.continue_final_message,
+                variables=asked.variables,
             )
             texts_and_ids.append((text, tuple(self._model.encode(text, add_special_tokens=False))))
-        return self._run(texts_and_ids, _per_prompt(sampling_params, len(texts_and_ids)), use_tqdm)
+        return self._run(texts_and_ids, sampling_params, use_tqdm, None)
 
     def get_tokenizer(self) -> ServedModel:
         """What turns text to ids and back: ``encode``, ``decode``, ``templates.render``."""
@@ -135,7 +151,7 @@ class LLM:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self.close()
 
-    def _read_prompt(self, prompt: Prompt) -> tuple[str | None, tuple[int, ...]]:
+    def _read_prompt(self, prompt: Prompt) -> TextAndIds:
         if isinstance(prompt, dict):
             if unknown := prompt.keys() - PromptDict.__annotations__.keys():
                 raise InvalidRequest(f"A prompt has no {min(unknown)!r}: give prompt or prompt_token_ids.")
@@ -143,21 +159,26 @@ class LLM:
         else:
             ids, text = (None, prompt) if isinstance(prompt, str) else (prompt, None)
         if ids is not None:
-            return text, tuple(ids)
+            return text, tuple(operator.index(token) for token in ids)  # numpy's numbers become plain ones
         return text, tuple(self._model.encode(text or ""))
 
     def _run(
         self,
-        prompts: Sequence[tuple[str | None, tuple[int, ...]]],
-        params: Sequence[SamplingParams | None],
+        prompts: Sequence[TextAndIds],
+        params: Params,
         shows_progress: bool,
+        priority: Sequence[int] | None,
     ) -> list[RequestOutput]:
         if self._parts is None:
             raise InvalidRequest("This LLM is closed.")
+        per_prompt = _per_prompt(params, len(prompts))
+        priorities = [0] * len(prompts) if priority is None else priority
+        if len(priorities) != len(prompts):
+            raise InvalidRequest(f"{len(priorities)} priorities for {len(prompts)} prompts.", param="priority")
         jobs: dict[RequestId, _Job] = {}
         try:
-            for (text, ids), given in zip(prompts, params, strict=True):
-                job = self._new_job(text, ids, given or self.get_default_sampling_params())
+            for (text, ids), given, rank in zip(prompts, per_prompt, priorities, strict=True):
+                job = self._new_job(text, ids, given or self.get_default_sampling_params(), rank)
                 jobs[job.request.id] = job
                 self._core.add(job.request)
             self._step_until_finished(jobs, shows_progress and sys.stderr.isatty())
@@ -166,13 +187,13 @@ class LLM:
                 self._core.abort(request)
         return [job.output() for job in jobs.values()]
 
-    def _new_job(self, text: str | None, ids: tuple[int, ...], params: SamplingParams) -> _Job:
+    def _new_job(self, text: str | None, ids: tuple[int, ...], params: SamplingParams, priority: int) -> _Job:
         if not ids:
             raise InvalidRequest("The prompt is empty.", param="prompt")
         params = params.checked()
         if params.seed is None:
             params = replace(params, seed=self._seeds.getrandbits(64))
-        request = Request(id=RequestId(str(next(self._ids))), prompt=ids, params=params)
+        request = Request(id=RequestId(str(next(self._ids))), prompt=ids, params=params, priority=priority)
         return _Job(request, text, self._model)
 
     def _step_until_finished(self, jobs: Mapping[RequestId, _Job], shows_progress: bool) -> None:

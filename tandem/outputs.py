@@ -30,6 +30,9 @@ class CompletionOutput:
     finish_reason: str | None
     stop_reason: str | int | None
 
+    def finished(self) -> bool:
+        return self.finish_reason is not None
+
 
 @dataclass(frozen=True, slots=True)
 class RequestOutput:

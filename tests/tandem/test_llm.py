@@ -158,6 +158,34 @@ def test_chat_renders_the_template(llm: LLM) -> None:
     assert len(both) == 2
 
 
+def test_chat_reads_messages_as_the_server_does(llm: LLM) -> None:
+    parts = [{"type": "text", "text": "Hello"}, {"type": "text", "text": "you"}]
+    (output,) = llm.chat([{"role": "user", "content": parts}], GREEDY, False)  # type: ignore[list-item]
+    assert output.prompt == "<|user|>Hello\nyou<|end|><|assistant|>"
+    with pytest.raises(InvalidRequest, match="takes text only"):
+        llm.chat([{"role": "user", "content": [{"type": "image_url"}]}], GREEDY)
+    with pytest.raises(InvalidRequest, match=r"messages\[0\]\.role"):
+        llm.chat([{"content": "Hello"}], GREEDY)
+
+
+def test_chat_takes_a_template_and_goes_on_with_an_answer(llm: LLM) -> None:
+    said = [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Well"}]
+    (output,) = llm.chat(said, GREEDY, chat_template="{{ bos_token }}{{ messages[0].content }}")  # type: ignore[arg-type]
+    assert output.prompt == "<|begin|>Hello"
+    (output,) = llm.chat(said, GREEDY, continue_final_message=True)  # type: ignore[arg-type]
+    assert output.prompt == "<|user|>Hello<|end|><|assistant|>Well"
+    with pytest.raises(InvalidRequest, match="template is broken"):
+        llm.chat(said, GREEDY, chat_template="{% if %}")  # type: ignore[arg-type]
+
+
+def test_priorities_are_one_per_prompt(llm: LLM) -> None:
+    outputs = llm.generate(["a", "b"], GREEDY, priority=[1, 0])
+    assert [output.prompt for output in outputs] == ["a", "b"]
+    assert all(choice.finished() for output in outputs for choice in output.outputs)
+    with pytest.raises(InvalidRequest, match="1 priorities for 2 prompts"):
+        llm.generate(["a", "b"], GREEDY, priority=[1])
+
+
 def test_a_repeated_prompt_is_served_from_the_cache(llm: LLM) -> None:
     prompt = list(range(10, 80))
     assert llm.generate([prompt], GREEDY)[0].num_cached_tokens == 0
