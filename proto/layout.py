@@ -11,7 +11,11 @@ import hashlib
 from dataclasses import dataclass
 
 WIRE_VERSION = 1
-"""Version of the hand-off's messages. Workers speak to peers of this version and of the one before."""
+"""Version of the messages between processes. Workers speak to peers of this version and of the two beside it."""
+
+BLOCK_FORMAT = 1
+"""Version of what the bytes of a block mean. Peers of different formats cannot use each other's blocks; it has its own
+number, so that a rolling update to a newer wire version goes on handing blocks over."""
 
 DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "float8_e4m3fn": 1}
 
@@ -57,7 +61,7 @@ class KvLayout:
     def fingerprint(self) -> str:
         """Equal fingerprints mean that a block of one worker can be used by the other as it is."""
         fields = (
-            WIRE_VERSION,
+            BLOCK_FORMAT,
             self.num_layers,
             self.block_size,
             self.kv_heads,
