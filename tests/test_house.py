@@ -98,13 +98,16 @@ def commands_in(page: str) -> list[list[str]]:
 
 
 def test_the_readmes_commands_are_accepted(capsys: pytest.CaptureFixture[str]) -> None:
+    from bench.options import read_serve
     from tandem.cli import COMMANDS, main
 
     commands = commands_in((ROOT / "README.md").read_text())
     assert len(commands) >= 5
     for name, *rest in commands:
         assert name in {command.name for command in COMMANDS}
-        if name != "chat":
+        if name == "bench":
+            assert read_serve(rest[1:], {}).load.num_prompts == 64
+        elif name != "chat":
             assert main([name, *rest, "--print-config"]) == 0, capsys.readouterr().err
 
 
