@@ -13,6 +13,7 @@ from proto.control import Abort, Failed, Prefill, Redirect, RejectReason, Role
 from proto.errors import InvalidRequest, LocalFault, NotSupported, Overloaded, TandemError, UserError, WorkerLost
 from proto.ids import Epoch, Generation, RequestId
 from proto.lifecycle import Stage
+from router.deadlines import StageLimits
 from router.recovery import Remedy, Side, Situation, after_loss, after_rejection, error_of
 from tests.support.fleet import House, read_all, token
 
@@ -396,7 +397,9 @@ async def test_prefill_that_released_before_a_redirect_reached_it() -> None:
 
 TROUBLES = st.lists(
     st.tuples(
-        st.sampled_from(["first", "next", "adopted", "kill", "join", "reject", "time", "stop", "repeat", "news"]),
+        st.sampled_from(
+            ["first", "next", "adopted", "kill", "join", "reject", "time", "stop", "repeat", "news", "blink"]
+        ),
         st.integers(0, 7),
     ),
     max_size=40,
@@ -408,10 +411,11 @@ TROUBLES = st.lists(
 def test_whatever_happens_the_client_reads_one_sequence_and_one_end(
     troubles: list[tuple[str, int]], closes: bool
 ) -> None:
-    """Workers answer, repeat themselves, refuse, die and come back in any order."""
+    """Workers answer, repeat themselves, refuse, fall silent, lose their streams, die and come back in any order."""
 
     async def run() -> None:
-        house = House("p1", "p2", "d1", "d2", max_attempts=4)
+        limits = StageLimits(queued_s=12.0, prefill_s=9.0, transfer_s=4.0, silence_s=6.0)
+        house = House("p1", "p2", "d1", "d2", max_attempts=4, limits=limits)
         stream = await house.start(n=2)
         joined = 2
         for what, number in troubles:
@@ -435,6 +439,8 @@ def test_whatever_happens_the_client_reads_one_sequence_and_one_end(
             elif what == "reject" and names:
                 reason = list(RejectReason)[number % len(RejectReason)]
                 house.rejects(names[number % len(names)], stream.id, reason, held=number > 3)
+            elif what == "blink" and names:
+                house.blink(names[number % len(names)])
             elif what == "time":
                 house.timers.advance(float(number))
             elif what == "stop":
