@@ -23,7 +23,7 @@ from training.model import Network, Shape
 from training.tokens import Renderer
 
 _WARM_UP_STEPS = 40
-_SAVE_EVERY_S = 120.0
+_SAVE_EVERY_S = 60.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,9 +57,8 @@ class Trainer:
             (torch.optim.AdamW(others, betas=(0.9, 0.98), weight_decay=0.0, fused=True), recipe.other_rate),
         )
         # A core of its own for every batch: threads that share one wait for each other at every small operation.
-        num_workers = 1 if device.type == "cuda" else len(os.sched_getaffinity(0))
+        self._num_workers = 1 if device.type == "cuda" else len(os.sched_getaffinity(0))
         torch.set_num_threads(1)
-        self._workers = ThreadPoolExecutor(num_workers, "worker", torch.set_num_threads, (1,))
         if file.exists():
             self._load()
 
@@ -94,10 +93,11 @@ class Trainer:
         weight = sum(float(batch.weights.sum()) for batch in batches)
         largest_first = sorted(batches, key=lambda batch: -batch.tokens.numel())
         total = 0.0
-        for loss, gradients in self._workers.map(lambda batch: self._gradients(batch, weight), largest_first):
-            total += loss
-            for parameter, gradient in zip(self.network.parameters(), gradients, strict=True):
-                parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
+        with ThreadPoolExecutor(self._num_workers, "worker", torch.set_num_threads, (1,)) as workers:
+            for loss, gradients in workers.map(lambda batch: self._gradients(batch, weight), largest_first):
+                total += loss
+                for parameter, gradient in zip(self.network.parameters(), gradients, strict=True):
+                    parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
         torch.nn.utils.clip_grad_norm_(self.network.parameters(), 1.0)
         for optimizer, rate in self._optimizers:
             for group in optimizer.param_groups:

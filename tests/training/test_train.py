@@ -1,0 +1,110 @@
+"""Training goes on after an interruption as if there had been none, and what is exported is what was trained."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer
+from torch.nn import functional
+
+from tandem import LLM, SamplingParams
+from training.batches import Plan
+from training.corpus import samples
+from training.export import export
+from training.model import Network, Shape, _Normed, _rotate
+from training.tokens import Renderer, train_tokenizer
+from training.train import Recipe, Trainer
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    renderer = Renderer()
+    return train_tokenizer([renderer(sample) for sample in islice(samples(1, longest_passage=3), 300)], 400)
+
+
+def trainer(tokenizer: Tokenizer, file: Path, steps: int = 4) -> Trainer:
+    shape = Shape(400, hidden=32, inner=64, layers=2, heads=2, kv_heads=1, head_dim=16)
+    recipe = Recipe(steps, Plan(seed=3, rows=6, long_from=100, context=512))
+    return Trainer(shape, recipe, tokenizer, file, CPU)
+
+
+def test_an_interrupted_run_ends_like_an_uninterrupted_one(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    whole = trainer(tokenizer, tmp_path / "whole.pt")
+    whole.run(print)
+    parts = trainer(tokenizer, tmp_path / "parts.pt")
+    start = {name: weight.clone() for name, weight in parts.network.state_dict().items()}
+    parts.run(print, until=2)
+    resumed = trainer(tokenizer, tmp_path / "parts.pt")
+    assert resumed.step == 2
+    resumed.run(print)
+    for name, weight in whole.network.state_dict().items():
+        assert torch.equal(weight, resumed.network.state_dict()[name])
+        assert not torch.equal(weight, start[name])
+    assert json.loads((tmp_path / "whole.json").read_text())["step"] == 4
+
+
+def test_the_rate_warms_up_stays_and_falls_to_nothing() -> None:
+    recipe = Recipe(1000, Plan(seed=3, rows=6, long_from=100, context=512), cool_down=0.25)
+    assert recipe.rate(0) < 0.05
+    assert recipe.rate(100) == recipe.rate(749) == 1.0
+    assert recipe.rate(875) == pytest.approx(0.5)
+    assert recipe.rate(1000) == 0.0
+
+
+def test_the_norm_and_its_gradient_are_the_textbook_s() -> None:
+    torch.manual_seed(0)
+    x = torch.randn(5, 32, requires_grad=True)
+    weight = torch.randn(5, 32)
+    ours, theirs = _Normed.apply(x, 1e-6), functional.rms_norm(x, (32,), eps=1e-6)
+    assert torch.allclose(ours, theirs, atol=1e-6)
+    (mine,), (other,) = (torch.autograd.grad((out * weight).sum(), x) for out in (ours, theirs))
+    assert torch.allclose(mine, other, atol=1e-5)
+
+
+def test_rotation_turns_pairs_of_halves() -> None:
+    x, cos, sin = torch.tensor([1.0, 2.0, 3.0, 4.0]), torch.full((4,), 0.0), torch.full((4,), 1.0)
+    assert _rotate(x, cos, sin).tolist() == [-3.0, -4.0, 1.0, 2.0]
+
+
+@pytest.mark.parametrize("length", [40, 700])
+def test_both_ways_of_attention_agree(length: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    network = Network(Shape(400, hidden=32, inner=64, layers=2, heads=4, kv_heads=2, head_dim=16))
+    tokens, positions = torch.randint(0, 400, (2, length)), torch.arange(length).repeat(2, 1)
+    with torch.no_grad():
+        monkeypatch.setattr("training.model._FUSED_FROM", 0)
+        fused = network(tokens, positions).float()
+        monkeypatch.setattr("training.model._FUSED_FROM", 10_000)
+        assert torch.allclose(network(tokens, positions).float(), fused, atol=0.15)
+
+
+def test_the_engine_says_what_the_network_says(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    network = Network(Shape(400, hidden=32, inner=64, layers=2, heads=4, kv_heads=2, head_dim=16, context=256))
+    for parameter in network.parameters():
+        parameter.data = parameter.data.to(torch.bfloat16).float() * (3 if parameter.ndim == 2 else 1)
+    export(network, tokenizer, tmp_path)
+    prompt = tokenizer.encode("The old baker carried a lamp to the harbour and Zorvanek followed him there.").ids
+    params = SamplingParams(temperature=0, max_tokens=1, logprobs=5, ignore_eos=True)
+    with LLM(str(tmp_path), dtype="float32", threads=1, num_gpu_blocks_override=32) as llm:
+        (output,) = llm.generate([{"prompt_token_ids": prompt}], params)
+    (shown,) = output.outputs[0].logprobs or ()
+    with torch.no_grad():
+        hidden = network(torch.tensor([prompt]), torch.arange(len(prompt))[None])[0, -1].float()
+        expected = functional.linear(hidden, network.embed_tokens.weight).log_softmax(-1)
+    for token, entry in shown.items():
+        assert entry.logprob == pytest.approx(expected[token].item(), abs=0.25)
