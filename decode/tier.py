@@ -284,6 +284,8 @@ class DecodeTier:
             return
         if seat.attach is not None:
             self._news.reject(fence.request, fence.generation, RejectReason.PEER_LOST, reason)
+        if not self._routers.has_router_of(fence.request):
+            self._orphan(seat)
         self._drop(seat, reason)
 
     # What the engine says.
@@ -332,9 +334,13 @@ class DecodeTier:
             if not seat.is_done:
                 log.warning("request %s: no news from its router, its lease has ended", request)
                 self._metrics.lease_expired()
-                if self._orphaned is not None:
-                    self._orphaned(request, seat.generation)
+            if not seat.is_done or not self._routers.has_router_of(request):
+                self._orphan(seat)
             self._give_up(seat, "the lease has ended")
+
+    def _orphan(self, seat: Seat) -> None:
+        if self._orphaned is not None:
+            self._orphaned(seat.request, seat.generation)
 
     def _give_up(self, seat: Seat, reason: str) -> None:
         """By our own decision: the router, if it is there and waits for it, need not find out by waiting."""

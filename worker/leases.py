@@ -11,7 +11,7 @@ from collections.abc import Callable
 from proto.ids import Generation, RequestId
 
 Orphaned = Callable[[RequestId, Generation], None]
-"""Hears of requests whose router is gone, so that what it wrote of them on the ledger is closed for it."""
+"""Hears of tries that ended here without a router, so that what it wrote of them on the ledger is closed for it."""
 
 
 class Leases:

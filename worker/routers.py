@@ -61,6 +61,9 @@ class RouterStreams:
             if self._streams.get(router) is stream:
                 del self._streams[router]
 
+    def has_router_of(self, request: RequestId) -> bool:
+        return router_of(request) in self._streams
+
     def send(self, request: RequestId, message: FromWorker) -> None:
         """Queues ``message`` for the request's router. Never blocks."""
         if stream := self._streams.get(router_of(request)):

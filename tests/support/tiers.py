@@ -79,6 +79,7 @@ class Side:
     peer: Peer
     tier: PrefillTier | DecodeTier = field(init=False)
     metrics: WorkerMetrics = field(init=False)
+    serving: asyncio.Task[None] = field(init=False)
 
     def started(self, request: RequestId) -> None:
         self.tier.started(request)
@@ -102,7 +103,7 @@ class Side:
 class Pod:
     """``sides`` by worker name; ``connect`` reaches any decode worker by its address."""
 
-    def __init__(self, checkpoint: Path, *, num_blocks: int = 64, chunk: int = 64) -> None:
+    def __init__(self, checkpoint: Path, *, num_blocks: int = 64, chunk: int = 64, done_lease_s: float = 60.0) -> None:
         self.settings = EngineSettings(
             model=ModelSettings(
                 model=str(checkpoint), dtype="float32", device="cpu", threads=1, max_model_len=512, skip_warmup=True
@@ -113,6 +114,8 @@ class Pod:
         self.forth: Fault | None = None
         """Meddles with what prefill workers send."""
         self.orphans: list[tuple[RequestId, Generation]] = []
+        self._done_lease_s = done_lease_s
+        self._news = asyncio.Event()
         self._decode: dict[str, DecodeTier] = {}
         self._tasks: list[asyncio.Task[None]] = []
         self.sides: list[Side] = []
@@ -140,7 +143,7 @@ class Pod:
             fences,
             payload_readers([MEMORY]),
             metrics=metrics,
-            done_lease_s=60.0,
+            done_lease_s=self._done_lease_s,
             orphaned=self._orphaned,
         )
         self._decode[side.peer.address] = side.tier
@@ -152,7 +155,8 @@ class Pod:
         side.host = EngineHost(self.settings, side)
         side.routers, side.router, side.peer = RouterStreams(), ScriptedRouter(), peer
         await side.host.open(lambda phase, seconds: None)
-        self._tasks.append(asyncio.create_task(side.routers.serve(side.router, lambda message: None)))
+        side.serving = asyncio.create_task(side.routers.serve(side.router, lambda message: None))
+        self._tasks.append(side.serving)
         await asyncio.sleep(0)  # the stream is known from here on
         self.sides.append(side)
         side.metrics = WorkerMetrics("test", role)
@@ -160,6 +164,18 @@ class Pod:
 
     def _orphaned(self, request: RequestId, generation: Generation) -> None:
         self.orphans.append((request, generation))
+        self._news.set()
+
+    async def orphaned(self, count: int) -> None:
+        while len(self.orphans) < count:
+            self._news.clear()
+            await self._news.wait()
+
+    async def lose_router(self, *sides: Side) -> None:
+        """Its streams end, for good."""
+        for side in sides:
+            side.router.end()
+        await asyncio.wait([side.serving for side in sides])
 
     async def connect(self, peer: Peer) -> Link:
         ours, theirs = pair(forth=self.forth)

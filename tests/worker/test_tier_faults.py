@@ -114,6 +114,22 @@ async def test_the_end_of_a_lease_is_told_to_a_router_that_is_still_there(pod: P
         await until_idle(side)
 
 
+async def test_what_is_finished_after_its_router_has_gone_is_closed_too(checkpoint: Path) -> None:
+    pod = Pod(checkpoint, done_lease_s=0.1)
+    p, d = await pod.prefill(), await pod.decode()
+    request = make_request(1, prompt_of(40))
+    send(p, d, request)
+    await p.router.until(lambda: Stage.PREFILLING in p.router.stages())
+    await pod.lose_router(p, d)
+    await pod.orphaned(1)
+    assert pod.orphans == [(request.id, FIRST)]
+    assert not d.router.of(Rejected)
+    for side in (p, d):
+        await side.tier.drained()
+        await until_idle(side)
+    await pod.close()
+
+
 async def test_a_choice_that_ends_at_its_first_token_does_not_keep_the_seat(pod: Pod) -> None:
     """With log probabilities, the first tokens are not repeated by the decode worker; their ends count all the same."""
     p, d = await pod.prefill(), await pod.decode()
