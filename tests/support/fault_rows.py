@@ -23,6 +23,7 @@ SLOW_S = 60.0
 _PAYLOAD = 100_000
 """Bytes from a prefill to a decode worker that are more than an offer: blocks are on their way."""
 PREFILL = Role.PREFILL.value
+TABLE = Path(__file__).parents[2] / "docs" / "faults.md"
 
 
 @dataclass(frozen=True, slots=True)
@@ -266,16 +267,29 @@ def rows(*, only_sample: bool) -> list[Row]:
     return [row for row in every if row in _SAMPLE] if only_sample else every
 
 
-def write_table(outcomes: Sequence[Outcome]) -> None:
-    """Only what was run is in it, and what did not hold says so. Written anew after each row."""
-    lines = [_HEAD.format(num=len(outcomes), machine=f"{os.cpu_count()} cores, {platform.system()}")]
-    for outcome in outcomes:
-        row, fault = outcome.row, FAULTS[outcome.row.fault]
-        verdict = outcome.what if outcome.holds else f"**does not hold**: {outcome.what}"
-        pause, whole = (_seconds(each) for each in (outcome.pause_s, outcome.whole_s))
-        lines.append(f"| {row.stage.value} | {row.fault} | {verdict} | {pause} | {fault.within_s:.0f} s | {whole} |")
-    path = Path(__file__).parents[2] / "docs" / "faults.md"
-    path.write_text("\n".join(lines) + "\n")
+def write_table(outcomes: Sequence[Outcome], path: Path = TABLE) -> None:
+    """Written anew after each row. Rows that were not run keep what their last run found; never run ones are absent."""
+    found = _read_table(path) | {outcome.row: _line(outcome) for outcome in outcomes}
+    lines = [found[row] for row in rows(only_sample=False) if row in found]
+    head = _HEAD.format(num=len(lines), machine=f"{os.cpu_count()} cores, {platform.system()}")
+    path.write_text("\n".join([head, *lines]) + "\n")
+
+
+def _read_table(path: Path) -> dict[Row, str]:
+    known = {(row.stage.value, row.fault): row for row in rows(only_sample=False)}
+    found = {}
+    for line in path.read_text().splitlines() if path.exists() else []:
+        cells = tuple(cell.strip() for cell in line.split("|")[1:3])
+        if cells in known:
+            found[known[cells]] = line  # type: ignore[index]
+    return found
+
+
+def _line(outcome: Outcome) -> str:
+    row, within_s = outcome.row, FAULTS[outcome.row.fault].within_s
+    verdict = outcome.what if outcome.holds else f"**does not hold**: {outcome.what}"
+    pause, whole = (_seconds(each) for each in (outcome.pause_s, outcome.whole_s))
+    return f"| {row.stage.value} | {row.fault} | {verdict} | {pause} | {within_s:.0f} s | {whole} |"
 
 
 def _seconds(value: float | None) -> str:
@@ -285,16 +299,22 @@ def _seconds(value: float | None) -> str:
 _HEAD = """\
 # What a client sees when something dies
 
-Made by `make faults` (`tests/faults/test_matrix.py`), {num} rows, on {machine}. Two prefill and two decode workers as
-processes, a Redis, a proxy in front of each worker; payloads over gRPC; a float32 model with random weights; a prompt
-of 1,500 tokens and a sampled, seeded answer of 120 with a frequency penalty. In each row the client's tokens are those
-of an engine that nobody disturbs, no error comes, the ledger ends with no open hand-off and every block is free or
-cached; a row for which that is not so says so.
+{num} rows, each as its last run found it; `make faults` runs them all and writes this page
+(`tests/faults/test_matrix.py`). On {machine}, shared with other work: times are what was seen, not a promise; the bound
+is.
+
+Two prefill workers (P), two decode workers (D), the router and Redis are processes; a proxy stands in front of each
+worker. Payloads travel over gRPC; the model is float32 with random weights; the prompt has 1,500 tokens, the answer
+120, sampled from a seed with a frequency penalty. A row holds if the client's tokens are those of an engine that nobody
+disturbs, no error comes, the client has its answer within the bound, and afterwards every worker serves, the ledger
+has no open hand-off and every block is free or cached. (A router's death ends its clients' connections: there the rest
+must hold.) A row that does not hold says so.
 
 How a stage is reached: *queued*: the prefill worker is stopped with the prompt in its socket; *prefilling*: the offer
-is held up on its way to D; *streaming*: 100 KB of blocks have passed, the rest is held up; *sealed*: likewise,
-and the client has the first token; *decoding*: the client has four tokens. The pause is the client's longest wait for
-a token from the fault on; "all well" is when every worker is back, nothing is open and nothing is held.
+is held up on its way to D; *streaming*: 100 KB of blocks have passed, the rest is held up; *sealed*: likewise, and the
+client has the first token; *decoding*: the client has four tokens. The outcome names the router's steps. The pause is
+the client's longest wait for a token from the fault on. All is well when nothing of the request or the fault is left:
+what a dead router held goes with its lease of 30 s.
 
 | stage | fault | outcome | pause | bound | all well after |
 |---|---|---|---|---|---|"""
