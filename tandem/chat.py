@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
+import io
 import os
 import sys
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -67,11 +70,24 @@ def main(name: str, argv: Sequence[str], environ: Mapping[str, str] = os.environ
     """Runs ``tandem chat`` or ``tandem complete``; returns the exit status. Raises TandemError."""
     given = _parser(name).read(argv)
     prompt = given.quick if given.quick is not None else given.prompt
-    terminal = Terminal(input, lambda text: print(text, end="", flush=True), lambda text: print(text, file=sys.stderr))
+    terminal = Terminal(
+        read_line, lambda text: print(text, end="", flush=True), lambda text: print(text, file=sys.stderr)
+    )
     key = given.api_key or next((environ[name] for name in _KEY_NAMES if environ.get(name)), None)
     # The server's variable may hold a list: any of its keys will do.
     key = key and key.split(",")[0].strip()
     return asyncio.run(_run(name == "chat", given, prompt, key, terminal))
+
+
+def read_line(prompt: str) -> str:
+    """A line of standard input, with ``prompt`` before it on a terminal. Raises EOFError."""
+    if sys.stdin.isatty():
+        return input(prompt)
+    # Unbuffered: the lock of a buffered reader, held by a thread that is left behind, would abort the process.
+    line = io.FileIO(sys.stdin.fileno(), closefd=False).readline()
+    if not line:
+        raise EOFError
+    return line.decode(errors="replace").rstrip("\r\n")
 
 
 def _parser(name: str) -> Parser:
@@ -110,7 +126,7 @@ async def converse(client: Client, conversation: Conversation, terminal: Termina
     """Question after question until Ctrl-D. A failed one is reported and may be asked again."""
     while True:
         try:
-            text = await asyncio.to_thread(terminal.ask, "> ")
+            text = await _ask(terminal, "> ")
         except EOFError:
             return 0
         if not text.strip():
@@ -120,6 +136,34 @@ async def converse(client: Client, conversation: Conversation, terminal: Termina
         except TandemError as error:
             conversation.unanswered()
             terminal.note(f"error: {error.message}")
+
+
+async def _ask(terminal: Terminal, prompt: str) -> str:
+    """A line from the terminal. Raises EOFError at its end.
+
+    Its thread is left behind on Ctrl-C; asyncio would wait for one of its own until somebody presses Enter.
+    """
+    loop = asyncio.get_running_loop()
+    line: asyncio.Future[str] = loop.create_future()
+
+    def tell(text: str | None) -> None:
+        if line.done():
+            return
+        if text is None:
+            line.set_exception(EOFError())
+        else:
+            line.set_result(text)
+
+    def read() -> None:
+        try:
+            text = terminal.ask(prompt)
+        except (EOFError, OSError, UnicodeError):
+            text = None
+        with contextlib.suppress(RuntimeError):  # the loop has been closed meanwhile
+            loop.call_soon_threadsafe(tell, text)
+
+    threading.Thread(target=read, name="terminal", daemon=True).start()
+    return await line
 
 
 async def answer(

@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import pty
+import signal
+import subprocess
+import sys
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass, field
 
@@ -146,6 +151,30 @@ async def test_a_conversation_remembers_what_was_said(server: Server) -> None:
     ]
     assert server.bodies[1]["max_tokens"] == 5
     assert [note.startswith("2 tokens in ") for note in screen.notes] == [True, True]
+
+
+def test_ctrl_c_at_the_prompt_ends_it_at_once() -> None:
+    ours, theirs = pty.openpty()
+    command = [sys.executable, "-m", "tandem", "chat", "--model", "m"]
+    with subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs) as process:
+        shown = b""
+        while not shown.endswith(b"> "):
+            shown += os.read(ours, 1024)
+        process.send_signal(signal.SIGINT)
+        assert process.wait(60) == 130
+    os.close(ours)
+    os.close(theirs)
+
+
+def test_lines_are_read_from_a_pipe_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    reading, writing = os.pipe()
+    os.write(writing, "Grüße\r\n\nlast".encode())
+    os.close(writing)
+    with open(reading) as stdin:
+        monkeypatch.setattr(sys, "stdin", stdin)
+        assert [chat.read_line("> ") for _ in range(3)] == ["Grüße", "", "last"]
+        with pytest.raises(EOFError):
+            chat.read_line("> ")
 
 
 async def test_a_failed_question_is_taken_back(server: Server) -> None:
