@@ -46,6 +46,9 @@ class Dispatcher(Protocol):
     ) -> Decision:
         """Raises NoWorker or Overloaded."""
 
+    def had_worker_lately(self) -> bool:
+        """Whether a request was placed a moment ago, so that a worker may soon be back."""
+
     def send(self, worker: Candidate, message: FromRouter) -> None:
         """Never blocks or raises; a message to a lost worker is dropped, since ``worker_lost`` follows."""
 

@@ -28,6 +28,8 @@ log = logging.getLogger(__name__)
 TIMEOUT_S = 5.0
 NUM_TOKENS = 4
 LAST_PRIORITY = 1_000_000
+AGAIN_S = 1.0
+"""Age at which bad news is old."""
 EXCUSE_S = 60.0
 """How long other work excuses a canary's failure, since the path last worked."""
 
@@ -101,7 +103,9 @@ class Canary:
         now = self._clock()
         if now - self._path.last_adopted_at < self._every_s:
             self._verdict = Verdict("", self._path.last_adopted_at)
-        return self._verdict is None or now - self._verdict.at >= self._every_s
+        if self._verdict is None:
+            return True
+        return now - self._verdict.at >= (min(AGAIN_S, self._every_s) if self._verdict.trouble else self._every_s)
 
     async def _fly(self) -> None:
         is_busy = _is_busy(self._view())  # asked before: a canary is work, too
@@ -110,6 +114,8 @@ class Canary:
             now = self._clock()
             if not trouble:
                 self._worked_at = now
+            elif not _pair_exists(self._view()):
+                trouble = ""  # one of the pair has left: the workers' own trouble, which is reported as such
             elif is_busy and now - max(self._worked_at, self._path.last_adopted_at) < EXCUSE_S:
                 log.info("a canary failed beside other work, which says nothing yet: %s", trouble)
                 trouble = ""
@@ -127,7 +133,7 @@ class Canary:
                 self._expected.clear()  # if it was the first answer that was wrong, the next ones tell
             return trouble
         except NoWorker:
-            return ""  # no pair any more: the workers' own trouble, which is reported as such
+            return ""  # there is no pair any more
 
     async def _ask(self) -> str:
         """One canary. Raises NoWorker."""

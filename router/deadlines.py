@@ -55,14 +55,14 @@ class Watch:
         if self._timer is None or self._until < self._due:
             self._arm(seconds)
 
-    def rest(self) -> None:
+    def cancel(self) -> None:
         """Nothing is expected of anybody. Idempotent."""
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
 
     def _arm(self, seconds: float) -> None:
-        self.rest()
+        self.cancel()
         self._due = self._timers.time() + seconds
         self._timer = self._timers.call_later(seconds, self._ring)
 

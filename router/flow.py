@@ -122,6 +122,7 @@ class Flow:
         self._hashes: dict[RequestId, Sequence[BlockHash]] = {}
         self._canaries: set[RequestId] = set()
         self._last_adopted_at = -math.inf
+        self._last_placed_at = -math.inf
         self._turn = 0
         self._renewal: Cancellable | None = None
         self._idle = asyncio.Event()
@@ -245,7 +246,12 @@ class Flow:
             itl_s=self._pace.itl_s,
             output_tokens=self._pace.output_tokens,
         )
-        return choose(self._fleet.view(), ask, self._weights, self._goals)
+        decision = choose(self._fleet.view(), ask, self._weights, self._goals)
+        self._last_placed_at = self._timers.time()
+        return decision
+
+    def had_worker_lately(self) -> bool:
+        return self._timers.time() - self._last_placed_at < self._rules.patience_s
 
     def send(self, worker: Candidate, message: FromRouter) -> None:
         self._fleet.send(worker.epoch, message)

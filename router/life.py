@@ -61,7 +61,7 @@ class Life:
         self._dispatcher = dispatcher
         self._listener = listener
         self._timers = timers
-        self._try = Try(Generation(0), None, Generation(0), None, local=True)
+        self.current = Try(Generation(0), None, Generation(0), None, local=True)
         self._need: Remedy | None = None
         self._avoid: set[Epoch] = set()
         self._numerics = ""
@@ -88,18 +88,23 @@ class Life:
         """Whether it needs a worker and has found none."""
         return self._need is not None
 
-    @property
-    def current(self) -> Try:
-        return self._try
-
     # From the flow: the start, and the ends it can bring about.
 
     def begin(self) -> None:
-        """Places the request and tells its workers. Raises NoWorker or Overloaded, and then nothing has happened."""
-        decision = self._dispatcher.place(self.request, Way.PAIR, frozenset(), "", is_new=True)
+        """Places the request and tells its workers; where the last of them left a moment ago, waits for another.
+
+        Raises NoWorker or Overloaded, and then nothing has happened.
+        """
+        try:
+            decision = self._dispatcher.place(self.request, Way.PAIR, frozenset(), "", is_new=True)
+        except NoWorker as error:
+            if not self._dispatcher.had_worker_lately():
+                raise
+            self._need = Remedy.RESTART
+            self._wait_alone(error)
+        else:
+            self._start(decision, Remedy.RESTART)
         self._deadline.set(self._rules.request_timeout_s, self._expire)
-        self._listener.placed(local=decision.local)
-        self._start(decision, Remedy.RESTART)
 
     def close(self) -> None:
         """The client is gone, or done. Idempotent."""
@@ -114,7 +119,7 @@ class Life:
         self.buffer.drop(choice)
         if self.assembly.is_complete:
             self._end(Stage.FINISHED, None)
-        elif self._try.local or self._try.adopted:
+        elif self.current.local or self.current.adopted:
             self._stop_on_decode((choice,))
 
     # From workers.
@@ -145,10 +150,10 @@ class Life:
         side = self._admit(epoch, news.generation)
         if side is None:
             return
-        if side is Side.PREFILL or self._try.local:
+        if side is Side.PREFILL or self.current.local:
             self.journal.num_cached = max(self.journal.num_cached, news.num_cached)
         if news.stage is Stage.ADOPTED:
-            if news.generation != self._try.generation:
+            if news.generation != self.current.generation:
                 return  # the worker it speaks of was given up meanwhile
             if side is Side.DECODE:
                 self.journal.num_bytes_moved += news.num_bytes
@@ -158,7 +163,7 @@ class Life:
 
     def rejected(self, epoch: Epoch, news: Rejected) -> None:
         side = self._admit(epoch, news.generation)
-        if side is None or news.generation != self._try.generation:
+        if side is None or news.generation != self.current.generation:
             return
         if self._need is not None:
             self._prefill_spoke_up(news)
@@ -171,7 +176,7 @@ class Life:
         log.info("%s: %s says %s (%s): %s", self.id, epoch, news.reason.value, news.message, remedy.value)
         if remedy is Remedy.NONE:
             return
-        self._avoid |= self._try.blamed(epoch, news.reason, remedy)
+        self._avoid |= self.current.blamed(epoch, news.reason, remedy)
         self._room_hint_s = news.retry_after_s
         is_refused = remedy is Remedy.REDIRECT and news.reason is RejectReason.REFUSED
         if is_refused and not self._patience.refused(self._timers.time()):
@@ -182,7 +187,7 @@ class Life:
 
     def failed(self, epoch: Epoch, news: Failed) -> None:
         side = self._admit(epoch, news.generation)
-        if side is not None and not (side is Side.PREFILL and self._try.adopted):
+        if side is not None and not (side is Side.PREFILL and self.current.adopted):
             error = error_of(news, self.stage.value)
             if isinstance(error, LocalFault):
                 self._dispatcher.failed_on(epoch)
@@ -190,31 +195,31 @@ class Life:
 
     def worker_lost(self, epoch: Epoch) -> None:
         """This incarnation is gone. Nothing it still sends is admitted."""
-        side = self._try.side_of(epoch)
+        side = self.current.side_of(epoch)
         if self.is_over or side is None:
             return
         if side is Side.PREFILL:
-            self._try.prefill = None
+            self.current.prefill = None
         else:
-            self._try.decode = None
+            self.current.decode = None
         if self._need is not None:
             self._need = self._situation().again  # only the prefill worker is known to a request that waits
             return
         remedy = after_loss(side, self._situation())
         log.info("%s: lost its %s worker in stage %s: %s", self.id, side.value, self.stage.value, remedy.value)
         if remedy is Remedy.AWAIT_VERDICT:
-            self._verdict.set(self._rules.verdict_s, self._no_verdict)
+            self._verdict.set(self._rules.verdict_s, self._late)
         elif remedy is not Remedy.NONE:
             self._recover(remedy)
 
     def worker_back(self, epoch: Epoch) -> None:
         """Its stream broke, and the same incarnation is there again. What it said in between is lost; a decode worker
         says its tokens again, a prefill worker does not."""
-        side = self._try.side_of(epoch)
+        side = self.current.side_of(epoch)
         if self.is_over or self.is_waiting or side is None:
             return
         if side is Side.DECODE:
-            for worker, message in self._try.attach_again(self.assembly.positions()):
+            for worker, message in self.current.attach_again(self.assembly.positions()):
                 self._dispatcher.send(worker, message)
             self._stop_on_decode(self.assembly.done_choices())
             self._expect()
@@ -224,14 +229,14 @@ class Life:
 
     def _late(self) -> None:
         """A worker was silent for longer than the stage may last: for this request it is lost, and outlawed."""
-        side = Side.PREFILL if self._situation().lacks_first and self._try.prefill is not None else Side.DECODE
-        worker = self._try.prefill if side is Side.PREFILL else self._try.decode
+        side = Side.PREFILL if self._situation().lacks_first and self.current.prefill is not None else Side.DECODE
+        worker = self.current.prefill if side is Side.PREFILL else self.current.decode
         if self.is_over or self.is_waiting or worker is None:
             return
         log.warning("%s: no news from %s in stage %s; given up there", self.id, worker.worker, self.stage.value)
         self._avoid.add(worker.epoch)
         self._dispatcher.failed_on(worker.epoch)
-        self._dispatcher.send(worker, self._try.abort(self.id))
+        self._dispatcher.send(worker, self.current.abort(self.id))
         self.worker_lost(worker.epoch)
 
     # Recovery.
@@ -265,7 +270,7 @@ class Life:
             return
         self._listener.recovering(remedy)
         self._verdict.cancel()
-        self._watch.rest()
+        self._watch.cancel()
         self.assembly.forget_held_back()
         self._let_go(keep_prefill=remedy is Remedy.REDIRECT)
         self._need = remedy
@@ -286,7 +291,7 @@ class Life:
     def _prefill_spoke_up(self, news: Rejected) -> None:
         """While the request waits for a decode worker, its prefill worker may let go of the blocks."""
         if not news.held:
-            self._try.prefill = None
+            self.current.prefill = None
             self._need = self._situation().again
 
     def _wait(self, at_least: float | None) -> None:
@@ -298,75 +303,71 @@ class Life:
         if remedy is Remedy.RESUME:
             request = dataclasses.replace(request, forced=self.assembly.accepted())
             positions = self.assembly.positions()
-        self._try = self._try.following(decision, keeps_prefill=remedy is Remedy.REDIRECT)
-        self.journal.prefill_worker = (self._try.prefill or decision.decode).worker
+        self.current = self.current.following(decision, keeps_prefill=remedy is Remedy.REDIRECT)
+        self.journal.prefill_worker = (self.current.prefill or decision.decode).worker
         self.journal.decode_worker = decision.decode.worker
+        if self.current.generation == 1:
+            self._listener.placed(local=decision.local)
         self._advance(Stage.ROUTED)
-        for worker, message in self._try.orders(request, positions, self._rules.lease_s):
+        for worker, message in self.current.orders(request, positions, self._rules.lease_s):
             self._dispatcher.send(worker, message)
         if remedy is Remedy.RESUME:
             self._stop_on_decode(self.assembly.done_choices())
 
     def _let_go(self, *, keep_prefill: bool) -> None:
-        abort = self._try.abort(self.id)
-        if self._try.decode is not None:
-            self._dispatcher.send(self._try.decode, abort)
-            self._try.decode = None
-        if self._try.prefill is not None and not keep_prefill:
-            self._dispatcher.send(self._try.prefill, abort)
-            self._try.prefill = None
+        abort = self.current.abort(self.id)
+        if self.current.decode is not None:
+            self._dispatcher.send(self.current.decode, abort)
+            self.current.decode = None
+        if self.current.prefill is not None and not keep_prefill:
+            self._dispatcher.send(self.current.prefill, abort)
+            self.current.prefill = None
 
     # Small steps.
 
     def _situation(self) -> Situation:
-        return self._try.situation(self.assembly)
+        return self.current.situation(self.assembly)
 
     def _admit(self, epoch: Epoch, generation: Generation) -> Side | None:
         if self.is_over:
             return None
-        side = self._try.admits(epoch, generation)
+        side = self.current.admits(epoch, generation)
         if side is None:
             self._listener.refused("stale")
         return side
 
     def _note_tokens_from(self, side: Side) -> None:
-        speaker = self._try.decode if side is Side.DECODE else self._try.prefill
+        speaker = self.current.decode if side is Side.DECODE else self.current.prefill
         assert speaker is not None
         if side is Side.PREFILL:
             self._advance(Stage.SEALED)
         else:
-            if not self._try.local:
+            if not self.current.local:
                 self._adopted()
             self._patience.moved_on()
             self._advance(Stage.DECODING)
-        if side is Side.DECODE or not self._try.adopted:
+        if side is Side.DECODE or not self.current.adopted:
             self._numerics = speaker.numerics
 
     def _adopted(self) -> None:
-        if self._try.adopted:
+        if self.current.adopted:
             return
-        self._try.adopted = True
+        self.current.adopted = True
         self._patience.moved_on()
         self._verdict.cancel()
         self._advance(Stage.ADOPTED)
         self._stop_on_decode(self.assembly.stopped_choices())
 
     def _stop_on_decode(self, choices: tuple[int, ...]) -> None:
-        if choices and self._try.decode is not None:
-            self._dispatcher.send(self._try.decode, Abort(self.id, self._try.generation, choices))
-
-    def _no_verdict(self) -> None:
-        if not self.is_over and not self._try.adopted:
-            if self._try.decode is not None:
-                self._dispatcher.failed_on(self._try.decode.epoch)
-            self._recover(self._situation().again)
+        if choices and self.current.decode is not None:
+            self._dispatcher.send(self.current.decode, Abort(self.id, self.current.generation, choices))
 
     def _expire(self) -> None:
         timeout, stage = self._rules.request_timeout_s, self.stage.value
         self.fail(DeadlineExceeded(f"not finished within {timeout:g} s; in stage {stage}", stage=stage))
 
     def _advance(self, stage: Stage) -> None:
-        self.journal.advance(stage, self._try)
+        self.journal.advance(stage, self.current)
         if not stage.is_terminal:
             self._expect()
 
@@ -375,8 +376,8 @@ class Life:
         if self.is_waiting:
             return
         situation = self._situation()
-        has_decode = situation.adopted and (not self._try.local or self.stage is Stage.DECODING)
-        is_computed = self.stage is Stage.DECODING if self._try.local else not situation.lacks_first
+        has_decode = situation.adopted and (not self.current.local or self.stage is Stage.DECODING)
+        is_computed = self.stage is Stage.DECODING if self.current.local else not situation.lacks_first
         self._watch.allow(self._rules.limits.of(self.stage, is_computed=is_computed, has_decode=has_decode))
 
     def _end(self, stage: Stage, error: TandemError | None) -> None:
@@ -385,15 +386,14 @@ class Life:
             return
         self._advance(stage)
         if stage is Stage.FINISHED:
-            for worker in self._try.workers():
+            for worker in self.current.workers():
                 self._dispatcher.served_by(worker.epoch)
-        decode_knows = (self._try.local or self._try.adopted) and not self.assembly.stopped_choices()
+        decode_knows = (self.current.local or self.current.adopted) and not self.assembly.stopped_choices()
         if not (stage is Stage.FINISHED and decode_knows):
             self._let_go(keep_prefill=False)
         self._need = None
-        for alarm in (self._pause, self._verdict, self._deadline):
-            alarm.cancel()
-        self._watch.rest()
+        for timer in (self._pause, self._verdict, self._deadline, self._watch):
+            timer.cancel()
         self.buffer.end(error)
         self.journal.close(self.assembly)
         self._dispatcher.ended(self.id)

@@ -183,6 +183,28 @@ async def test_a_path_that_works_again_is_ready_again(air: Air) -> None:
     assert not (await air.next_verdict()).trouble
 
 
+async def test_bad_news_is_old_after_a_second(air: Air) -> None:
+    air.hangs = True
+    await air.next_verdict()
+    num_asked = len(air.asked)
+    air.hangs = False
+    air.now += 1.0
+    air.canary.verdict()
+    await asyncio.sleep(0)
+    assert len(air.asked) == num_asked + 1
+
+
+async def test_a_pair_that_leaves_meanwhile_is_no_fault_of_the_path_either(air: Air) -> None:
+    air.hangs = True
+    air.canary.verdict()
+    air.workers = PAIR[:1]
+    flight = air.canary._flight
+    assert flight is not None
+    await asyncio.wait([flight])
+    air.workers = PAIR
+    assert air.canary.verdict() == Verdict("", air.now)
+
+
 async def test_a_refusal_names_no_pair(air: Air) -> None:
     air.refuses = Overloaded("every prefill worker's queue is full")
     assert (await air.next_verdict()).trouble.startswith("no pair was found: every prefill")

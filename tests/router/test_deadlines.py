@@ -58,8 +58,8 @@ def test_a_shorter_limit_counts_at_once() -> None:
     timers.advance(5.0)
     assert calls == [105.0]
     watch.allow(5.0)
-    watch.rest()
-    watch.rest()
+    watch.cancel()
+    watch.cancel()
     timers.advance(1000.0)
     assert calls == [105.0]
 

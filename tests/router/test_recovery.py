@@ -10,7 +10,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from proto.control import Abort, Failed, Prefill, Redirect, RejectReason, Role
-from proto.errors import InvalidRequest, LocalFault, NotSupported, Overloaded, TandemError, UserError, WorkerLost
+from proto.errors import (
+    InvalidRequest,
+    LocalFault,
+    NotSupported,
+    NoWorker,
+    Overloaded,
+    TandemError,
+    UserError,
+    WorkerLost,
+)
 from proto.ids import Epoch, Generation, RequestId
 from proto.lifecycle import Stage
 from router.deadlines import StageLimits
@@ -199,7 +208,8 @@ async def test_a_verdict_that_never_comes_is_a_resume_too() -> None:
     stream = await house.start()
     house.says("p1", token(stream.id, 0))
     house.kill("p1")
-    house.timers.advance(5.0)
+    house.timers.advance(5.5)
+    assert house.fleet.faults == ["d1"]
     assert house.last_attach()[1].request.forced == ((0,),)
     await stream.aclose()
 
@@ -326,6 +336,27 @@ async def test_a_worker_that_comes_in_time_takes_over() -> None:
     house.says("p1", token(stream.id, 0))
     house.says("d2", token(stream.id, 1, last=True))
     assert len(await read_all(stream)) == 2
+
+
+async def test_a_new_request_waits_for_the_worker_that_left_a_moment_ago() -> None:
+    house = House("d1", patience_s=10.0)
+    first = await house.start()
+    house.kill("d1")
+    house.timers.advance(3.0)
+    second = await house.start()
+    assert (house.flow.num_waiting, house.heard.local) == (2, [True])
+    house.join("d2", Role.DECODE)
+    assert house.heard.local == [True, True]
+    for stream in (first, second):
+        house.says("d2", token(stream.id, 0, last=True), generation=2 if stream is first else 1)
+        assert len(await read_all(stream)) == 1
+    house.kill("d2")
+    third = await house.start()
+    house.timers.advance(11.0)
+    with pytest.raises(WorkerLost, match="no decode worker"):
+        await anext(third)
+    with pytest.raises(NoWorker):
+        await house.start()
 
 
 async def test_patience_ends_with_an_error_that_names_the_stage() -> None:

@@ -97,6 +97,7 @@ class FakeFleet:
     def __init__(self, *workers: Candidate, timers: FakeTimers) -> None:
         self.workers = {worker.epoch: worker for worker in workers}
         self.sent: list[tuple[str, FromRouter]] = []
+        self._was_seen = bool(workers)
         self.faults: list[str] = []
         self.successes: list[str] = []
         self._timers = timers
@@ -111,7 +112,7 @@ class FakeFleet:
         return View(workers=workers, layout=LAYOUT, block_size=BLOCK_SIZE)
 
     def hasher(self) -> BlockHasher:
-        if not self.workers:
+        if not self._was_seen:
             raise NoWorker("no worker has been seen yet")
         return BlockHasher("test", BLOCK_SIZE)
 
