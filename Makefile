@@ -1,12 +1,13 @@
 # make setup   everything into .venv
 # make demo    all tiers on this machine, one question, its answer and where the time went; then serves on :8000
 # make test    what continuous integration runs
+# make builtin-model   trains tandem/builtin afresh and scores it; may be interrupted and run again
 # make faults  every stage of a request × every fault; writes docs/faults.md
 
 PYTHON ?= python3
 VENV := .venv
 
-.PHONY: setup demo test faults docs clean
+.PHONY: setup demo test faults docs builtin-model clean
 
 setup: $(VENV)/.ready
 
@@ -21,6 +22,12 @@ test: setup
 
 faults: setup
 	FAULTS=all $(VENV)/bin/python -m pytest tests/faults --timeout 600
+
+# Every batch has a core of its own; oneDNN keeps a kernel per shape.
+builtin-model: setup
+	OMP_NUM_THREADS=1 ONEDNN_PRIMITIVE_CACHE_CAPACITY=8192 $(VENV)/bin/python -m training
+	cp -R .cache/builtin-model/out/. tandem/builtin/
+	$(VENV)/bin/python -m training.evaluate --model tandem/builtin
 
 docs: setup
 	$(VENV)/bin/python scripts/configuration.py

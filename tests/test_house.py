@@ -29,6 +29,7 @@ FOLDERS = (
     "router",
     "tandem",
     "bench",
+    "training",
 )
 
 

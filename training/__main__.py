@@ -24,7 +24,7 @@ from training.train import Recipe, Trainer
 SEED = 2026
 VOCABULARY = 1024
 STEPS = 2000
-_ROWS_PER_STEP = 64
+_ROWS_PER_STEP = 40
 
 
 def main() -> int:
@@ -37,7 +37,8 @@ def main() -> int:
     given.work.mkdir(parents=True, exist_ok=True)
     tokenizer = _tokenizer(given.work)
     for part in given.part or ("model", "draft"):
-        trainer = _trainer(part, given.work, tokenizer, given.steps)
+        steps = given.steps if part == "model" else given.steps // 3
+        trainer = _trainer(part, given.work, tokenizer, steps)
         _say(f"{part}: {sum(p.numel() for p in trainer.network.parameters()):,} weights, at step {trainer.step}")
         trainer.run(_say, until=given.until)
         export(trainer.network, tokenizer, given.work / "out" / ("" if part == "model" else part))

@@ -19,7 +19,7 @@ ITEMS = "lamps chairs books apples pencils candles tables bottles shirts plates 
 
 _PEOPLE = """baker sailor teacher child doctor farmer gardener painter soldier merchant traveller shepherd widow clerk
 miller""".split()
-_ADJECTIVES = """old young quiet tired happy tall strange heavy small wooden broken bright cold warm empty dusty narrow
+_ADJECTIVES = """bold young quiet tired happy tall strange heavy small wooden broken bright cold warm simple dusty narrow
 gentle""".split()
 _THINGS = """basket letter lantern bridge window garden table blanket ladder candle mirror bottle wagon clock map coat
 barrel rope bell""".split()
