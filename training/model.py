@@ -40,7 +40,7 @@ class _Normed(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, eps: float) -> Tensor:
         scale = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
         scale = (scale.square() / x.shape[-1] + eps).rsqrt().to(x.dtype)
-        out = x * scale
+        out: Tensor = x * scale
         ctx.save_for_backward(out, scale)
         return out
 

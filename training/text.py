@@ -19,8 +19,8 @@ ITEMS = "lamps chairs books apples pencils candles tables bottles shirts plates 
 
 _PEOPLE = """baker sailor teacher child doctor farmer gardener painter soldier merchant traveller shepherd widow clerk
 miller""".split()
-_ADJECTIVES = """bold young quiet tired happy tall strange heavy small wooden broken bright cold warm simple dusty narrow
-gentle""".split()
+_ADJECTIVES = """bold young quiet tired happy tall strange heavy small wooden broken bright cold warm simple dusty
+narrow gentle""".split()
 _THINGS = """basket letter lantern bridge window garden table blanket ladder candle mirror bottle wagon clock map coat
 barrel rope bell""".split()
 _VERBS = """carried found watched repaired painted forgot opened cleaned followed sold bought moved lifted covered
