@@ -149,7 +149,12 @@ class _Reply:
         n, options = self._body.params.n, self._body.options
         deltas = [Delta(i, finish="length") for i in range(len(self._requests) * n)]
         num_prompt = sum(len(new.prompt) for new in self._requests)
-        usage = {"prompt_tokens": num_prompt, "total_tokens": num_prompt, "completion_tokens": 0}
+        usage = {
+            "prompt_tokens": num_prompt,
+            "total_tokens": num_prompt,
+            "completion_tokens": 0,
+            "prompt_tokens_details": {"cached_tokens": 0},
+        }
         headers = serving.answer_headers(options, None, complete=True)
         if not options.stream:
             choices = [{**self._choice(delta), "logprobs": None} for delta in deltas]
