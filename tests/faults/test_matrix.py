@@ -14,6 +14,7 @@ import asyncio
 import os
 import random
 import time
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -26,6 +27,7 @@ from tests.support.checkpoints import make_checkpoint
 from tests.support.fault_rows import FAULTS, NUM_OUTPUT, PROMPT_TOKENS, STAGES, Outcome, Row, Scene, rows, write_table
 from tests.support.stack import stack_settings
 
+MOST_ATTEMPTS = 10
 RUN_ALL = os.environ.get("FAULTS") == "all"
 PARAMS = {"temperature": 0.8, "top_p": 0.95, "frequency_penalty": 0.3, "seed": 11}
 MODEL = {"num_hidden_layers": 4, "hidden_size": 128, "intermediate_size": 256, "max_position_embeddings": 2048}
@@ -96,16 +98,7 @@ def test_the_client_sees_a_pause_and_nothing_else(
 
 async def play(row: Row, arena: Arena, prompt: list[int], expected: list[int], outcome: Outcome) -> None:
     stage, fault = STAGES[row.stage], FAULTS[row.fault]
-    await arena.ready()
-    arena.fair_weather()
-    before = await arena.recoveries()
-    answer = Answer()
-    params = {"max_tokens": NUM_OUTPUT, "ignore_eos": True, "cache_salt": str(row), **PARAMS}
-    stage.prepare(arena)
-    asking = asyncio.create_task(arena.ask(prompt, answer, **params))
-    async with asyncio.timeout(30):
-        await stage.reached(arena, answer)
-    stage.check(answer)
+    asking, answer, before = await bring_to(row, arena, prompt)
     scene = Scene(arena, arena.asked(Role.PREFILL), arena.asked(Role.DECODE))
     moment = time.monotonic()
     await fault.strike(scene)
@@ -128,6 +121,27 @@ async def play(row: Row, arena: Arena, prompt: list[int], expected: list[int], o
     await arena.settled()
     outcome.whole_s = time.monotonic() - moment
     fault.verify(scene)
+
+
+async def bring_to(row: Row, arena: Arena, prompt: list[int]) -> tuple[asyncio.Task[None], Answer, Counter[str]]:
+    """A request that is in the row's stage, and the router's recoveries before it. One that was through before it was
+    seen there is let go, and another sent."""
+    stage = STAGES[row.stage]
+    for attempt in range(MOST_ATTEMPTS):
+        await arena.ready()
+        arena.fair_weather()
+        before = await arena.recoveries()
+        stage.prepare(arena)
+        answer, params = Answer(), {"max_tokens": NUM_OUTPUT, "ignore_eos": True, **PARAMS}
+        asking = asyncio.create_task(arena.ask(prompt, answer, cache_salt=f"{row} {attempt}", **params))
+        async with asyncio.timeout(30):
+            await stage.reached(arena, answer)
+        if stage.is_on(answer):
+            return asking, answer, before
+        await make_peace(arena)
+        await asking
+        await arena.settled()
+    raise AssertionError(f"{MOST_ATTEMPTS} requests were through {row.stage.value} before they were seen there")
 
 
 async def make_peace(arena: Arena) -> None:
