@@ -66,7 +66,7 @@ class Norm(nn.Module):
 
 
 class Linear(nn.Linear):
-    """Kept in float32, multiplied in bfloat16."""
+    """Kept in float32, multiplied in the type of its input."""
 
     def __init__(self, inputs: int, outputs: int, std: float) -> None:
         super().__init__(inputs, outputs, bias=False)
@@ -143,10 +143,11 @@ class Layer(nn.Module):
 
 
 class Network(nn.Module):
-    """Tokens to hidden states, and hidden states to logits by the embedding itself (tied)."""
+    """Tokens to hidden states, and hidden states to logits by the embedding itself (tied). Computes in ``dtype``."""
 
-    def __init__(self, shape: Shape) -> None:
+    def __init__(self, shape: Shape, dtype: torch.dtype = torch.bfloat16) -> None:
         super().__init__()
+        self.dtype = dtype
         self.shape = shape
         self.embed_tokens = nn.Embedding(shape.vocab, shape.hidden)
         nn.init.normal_(self.embed_tokens.weight, std=shape.hidden**-0.5)
@@ -154,9 +155,9 @@ class Network(nn.Module):
         self.norm = Norm(shape.hidden, shape.norm_eps)
 
     def forward(self, tokens: Tensor, positions: Tensor) -> Tensor:
-        """Hidden states, normed, bfloat16 [rows, length, hidden], of int64 tokens and positions [rows, length]."""
-        cos, sin = _angles(positions, self.shape)
-        x = self.embed_tokens(tokens).to(torch.bfloat16)
+        """Hidden states, normed [rows, length, hidden], of int64 tokens and positions [rows, length]."""
+        cos, sin = (part.to(self.dtype) for part in _angles(positions, self.shape))
+        x = self.embed_tokens(tokens).to(self.dtype)
         mask = torch.full((x.shape[1], x.shape[1]), -torch.inf, dtype=x.dtype, device=x.device).triu(1)
         for layer in self.layers:
             x = layer(x, cos, sin, mask)
@@ -171,11 +172,11 @@ class Network(nn.Module):
 
 
 def _angles(positions: Tensor, shape: Shape) -> tuple[Tensor, Tensor]:
-    """Cosines and sines, bfloat16 [rows, length, 1, head_dim]."""
+    """Cosines and sines, float32 [rows, length, 1, head_dim]."""
     half = shape.head_dim // 2
     rates = shape.rope_theta ** (-torch.arange(half, dtype=torch.float32) / half)
     angles = (positions.float()[..., None] * rates).repeat(1, 1, 2)[:, :, None]
-    return angles.cos().to(torch.bfloat16), angles.sin().to(torch.bfloat16)
+    return angles.cos(), angles.sin()
 
 
 def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from training.batches import Batch, Plan, make_step
 from training.model import Network, Shape
+from training.priming import prime
 from training.tokens import Renderer
 
 _WARM_UP_STEPS = 40
@@ -47,7 +48,9 @@ class Trainer:
 
     def __init__(self, shape: Shape, recipe: Recipe, tokenizer: Tokenizer, file: Path, device: torch.device) -> None:
         torch.manual_seed(recipe.plan.seed)
-        self.network = Network(shape).to(device)
+        self.network = Network(shape)
+        prime(self.network)
+        self.network.to(device)
         self.step = 0
         self._recipe, self._tokenizer, self._file, self._device = recipe, tokenizer, file, device
         matrices = [p for name, p in self.network.named_parameters() if p.ndim == 2 and "embed" not in name]

@@ -16,7 +16,8 @@ from tandem import LLM, SamplingParams
 from training.batches import Plan
 from training.corpus import samples
 from training.export import export
-from training.model import Network, Shape, _Normed, _rotate
+from training.model import Network, Shape, _angles, _Normed, _rotate
+from training.priming import prime
 from training.tokens import Renderer, train_tokenizer
 from training.train import Recipe, Trainer
 
@@ -94,9 +95,11 @@ def test_both_ways_of_attention_agree(length: int, monkeypatch: pytest.MonkeyPat
 
 def test_the_engine_says_what_the_network_says(tokenizer: Tokenizer, tmp_path: Path) -> None:
     torch.manual_seed(0)
-    network = Network(Shape(400, hidden=32, inner=64, layers=2, heads=4, kv_heads=2, head_dim=16, context=256))
+    network = Network(
+        Shape(400, hidden=32, inner=64, layers=2, heads=4, kv_heads=2, head_dim=16, context=256), torch.float32
+    )
     for parameter in network.parameters():
-        parameter.data = parameter.data.to(torch.bfloat16).float() * (3 if parameter.ndim == 2 else 1)
+        parameter.data = (parameter.data * (3 if parameter.ndim == 2 else 1)).to(torch.bfloat16).float()
     export(network, tokenizer, tmp_path)
     prompt = tokenizer.encode("The old baker carried a lamp to the harbour and Zorvanek followed him there.").ids
     params = SamplingParams(temperature=0, max_tokens=1, logprobs=5, ignore_eos=True)
@@ -104,7 +107,25 @@ def test_the_engine_says_what_the_network_says(tokenizer: Tokenizer, tmp_path: P
         (output,) = llm.generate([{"prompt_token_ids": prompt}], params)
     (shown,) = output.outputs[0].logprobs or ()
     with torch.no_grad():
-        hidden = network(torch.tensor([prompt]), torch.arange(len(prompt))[None])[0, -1].float()
+        hidden = network(torch.tensor([prompt]), torch.arange(len(prompt))[None])[0, -1]
         expected = functional.linear(hidden, network.embed_tokens.weight).log_softmax(-1)
     for token, entry in shown.items():
-        assert entry.logprob == pytest.approx(expected[token].item(), abs=0.25)
+        assert entry.logprob == pytest.approx(expected[token].item(), abs=1e-3)
+
+
+def test_a_primed_network_looks_one_two_and_three_tokens_back() -> None:
+    torch.manual_seed(0)
+    shape = Shape(400)
+    network = Network(shape)
+    prime(network)
+    attention = network.layers[0].self_attn
+    with torch.no_grad():
+        x = network.layers[0].input_layernorm(network.embed_tokens(torch.randint(5, 400, (1, 60))))
+        cos, sin = _angles(torch.arange(60)[None], shape)
+        split = (1, 60, -1, shape.head_dim)
+        queries = _rotate(attention.q_proj(x).view(split), cos, sin)[0, -1]
+        keys = _rotate(attention.k_proj(x).view(split), cos, sin)[0, :, 0]
+        for head in range(3):
+            scores = keys @ queries[head] * shape.head_dim**-0.5
+            assert int(scores.argmax()) == 59 - (head + 1)
+            assert float(scores.softmax(0).max()) > 0.5
