@@ -130,7 +130,8 @@ class Flow:
 
     @property
     def num_inflight(self) -> int:
-        return len(self._lives)
+        """Clients' requests; a canary is none."""
+        return len(self._lives.keys() - self._canaries)
 
     @property
     def num_waiting(self) -> int:
