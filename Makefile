@@ -26,6 +26,7 @@ faults: setup
 # Every batch has a core of its own; oneDNN keeps a kernel per shape.
 builtin-model: setup
 	OMP_NUM_THREADS=1 ONEDNN_PRIMITIVE_CACHE_CAPACITY=8192 $(VENV)/bin/python -m training
+	mkdir -p tandem/builtin
 	cp -R .cache/builtin-model/out/. tandem/builtin/
 	$(VENV)/bin/python -m training.evaluate --model tandem/builtin
 
