@@ -1,4 +1,4 @@
-"""The maths of one step in plain torch: the oracle for every compiled twin, and what runs where there is none.
+"""Attention over paged keys and values in plain torch.
 
 KV memory is one tensor ``[num_blocks, num_layers, 2, block_size, kv_heads, head_dim]`` (keys at index 0 of the third
 dimension, values at 1). Query heads are grouped: head h reads KV head h // (heads / kv_heads).
@@ -7,68 +7,14 @@ Knows shapes and strides; knows nothing of models, sequences or who owns a block
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import partial
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.types import Linear, Ragged
-
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "silu": F.silu,
-    "gelu": F.gelu,
-    "gelu_pytorch_tanh": partial(F.gelu, approximate="tanh"),
-}
+from kernels.types import Ragged
 
 _CHUNK_QUERIES = 512
 """Queries attended at once when a mask is needed: bounds the mask's memory."""
-
-
-@dataclass(frozen=True, slots=True)
-class DenseLinear:
-    weight: Tensor
-    bias: Tensor | None
-
-    def __call__(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight, self.bias)
-
-    def rows(self, index: Tensor) -> Tensor:
-        return F.embedding(index, self.weight)
-
-
-def linear(parts: Sequence[Tensor], bias: Tensor | None) -> Linear:
-    """The map ``x [tokens, in]`` to ``x @ weight [out, in].T + bias [out]``; ``parts`` are the weight, one below the
-    other. They are copied: the caller may let go of what they lie in."""
-    return DenseLinear(torch.cat(list(parts)), bias)
-
-
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """Root-mean-square norm over the last dimension, scaled by ``weight`` (broadcast over the leading dimensions).
-
-    The mean is taken in float32, as the checkpoints were trained.
-    """
-    if weight.dim() == 1 and x.dtype == torch.float32:
-        return F.rms_norm(x, weight.shape, weight, eps)
-    wide = x.float()
-    scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
-    return (wide * scale * weight).to(x.dtype)
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary embedding of ``x [tokens, heads, head_dim]``; the halves of a head form the rotated pairs.
-
-    ``cos`` and ``sin`` are float32 ``[tokens, 1, head_dim]``; the first half of ``sin`` is negated already.
-    """
-    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin).to(x.dtype)
-
-
-def gate(x: Tensor, activation: str) -> Tensor:
-    """``activation(gate) * up``, of ``x [tokens, 2 * inner]`` that holds gate and then up. See ``ACTIVATIONS``."""
-    left, right = x.chunk(2, -1)
-    return ACTIVATIONS[activation](left).mul_(right)
 
 
 def write_kv(kv: Tensor, layer: int, blocks: Tensor, offsets: Tensor, new: Tensor) -> None:

@@ -1,0 +1,18 @@
+"""The maths of one step in plain torch: the oracle for every compiled twin, and what runs where there is none."""
+
+from kernels.reference.attention import attend, attend_chunk, attend_decode, write_kv
+from kernels.reference.elementwise import ACTIVATIONS, gate, rms_norm, rotate
+from kernels.reference.linear import DenseLinear, linear
+
+__all__ = [
+    "ACTIVATIONS",
+    "DenseLinear",
+    "attend",
+    "attend_chunk",
+    "attend_decode",
+    "gate",
+    "linear",
+    "rms_norm",
+    "rotate",
+    "write_kv",
+]
