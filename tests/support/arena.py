@@ -20,6 +20,7 @@ from typing import Any
 
 import aiohttp
 
+from bench.chaos.proxy import Proxy, Weather
 from kvtransfer.ledger.redis import RedisLedger
 from proto.control import Role
 from proto.settings import LedgerSettings, RouterSettings
@@ -28,7 +29,6 @@ from tandem.local_redis import LocalRedis
 from tandem.machine import Machine
 from tandem.options import settings_environ
 from tandem.supervisor import Child, ChildSpec, Supervisor
-from tests.support.proxy import Proxy, Weather
 
 ROUTER = "router"
 READY_S = 90.0

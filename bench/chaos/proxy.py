@@ -94,12 +94,14 @@ class Proxy:
         task = asyncio.current_task()
         assert task is not None
         self._tasks.add(task)
-        kind = self._kind_of(owner_of(writer.get_extra_info("peername")[1]))
         upstream: asyncio.StreamWriter | None = None
         try:
+            # In a thread, because it reads the whole of /proc while others' bytes want to pass.
+            pid = await asyncio.to_thread(owner_of, writer.get_extra_info("peername")[1], self.port)
+            kind = self._kind_of(pid)
+            back, upstream = await asyncio.open_connection(*self._target, limit=CHUNK)
             if self.weather(kind).is_cut:
                 return
-            back, upstream = await asyncio.open_connection(*self._target, limit=CHUNK)
             self._writers[writer] = self._writers[upstream] = kind
             pumps = [
                 asyncio.ensure_future(self._pump(reader, upstream, kind, Frames())),
@@ -179,14 +181,14 @@ class Frames:
         return bytes(damaged)
 
 
-def owner_of(port: int) -> int:
-    """The process on this machine whose TCP socket is bound to local ``port``; 0 where none is found."""
+def owner_of(port: int, remote_port: int) -> int:
+    """The process on this machine whose TCP socket connects local ``port`` to ``remote_port``; 0: none is found."""
     inodes = set()
     for table in ("/proc/net/tcp", "/proc/net/tcp6"):
         with contextlib.suppress(OSError):
             for line in Path(table).read_text().splitlines()[1:]:
                 fields = line.split()
-                if int(fields[1].rsplit(":", 1)[1], 16) == port:
+                if tuple(int(address.rsplit(":", 1)[1], 16) for address in fields[1:3]) == (port, remote_port):
                     inodes.add(f"socket:[{fields[9]}]")
     me = os.getpid()
     for process in Path("/proc").iterdir():
