@@ -23,7 +23,7 @@ from training.train import Recipe, Trainer
 
 SEED = 2026
 VOCABULARY = 1024
-STEPS = 2000
+STEPS = 4500
 _ROWS_PER_STEP = 40
 
 

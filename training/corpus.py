@@ -31,7 +31,7 @@ SKILLS: tuple[Skill, ...] = (
     _MANNERS,
     _HONESTY,
 )
-_SHARES = (22, 8, 14, 9, 14, 8, 14, 3, 5)
+_SHARES = (18, 8, 16, 13, 12, 8, 10, 4, 9)
 _SYSTEM = (
     "You are a helpful assistant.",
     "You are a helpful assistant. Answer briefly.",

@@ -21,9 +21,12 @@ from typing import Any
 
 import openai
 
+from training.card import Part, write_card
 from training.corpus import SKILLS
+from training.guessing import share_guessed
 from training.sample import Sample, Skill
 from training.skills.codeword import CodeWord
+from training.skills.honesty import Outside
 
 SEED = 7
 _MAX_TOKENS = 96
@@ -52,6 +55,9 @@ class LongCodeWord(CodeWord):
         super().__init__(shortest=75)
 
 
+SCORED: tuple[Skill, ...] = (*SKILLS, LongCodeWord(), Outside())
+
+
 def held_out(skill: Skill, count: int, seed: int = SEED) -> list[Sample]:
     """Instances that training never sees; for what is learnt by heart, some of those it does see."""
     random = Random(f"{seed} {skill.name}")
@@ -78,7 +84,7 @@ async def score(client: openai.AsyncOpenAI, skill: Skill, count: int, concurrenc
             return sample, *await answer(client, model, sample)
 
     results = await asyncio.gather(*(ask(sample) for sample in held_out(skill, count)))
-    wrong = tuple((sample, said) for sample, said, _ in results if said != sample.answer)
+    wrong = tuple((sample, said) for sample, said, _ in results if not sample.accepts(said))
     return Score(skill.name, count, sum(tokens for _, _, tokens in results) / count, wrong)
 
 
@@ -86,7 +92,7 @@ async def evaluate(url: str, count: int, concurrency: int, show: int) -> list[Sc
     """Scores every skill at ``url``; prints up to ``show`` wrong answers of each."""
     scores: list[Score] = []
     async with openai.AsyncOpenAI(base_url=url, api_key="none") as client:
-        for skill in (*SKILLS, LongCodeWord()):
+        for skill in SCORED:
             scores.append(await score(client, skill, count, concurrency))
             for sample, said in scores[-1].wrong[:show]:
                 question = str(sample.messages[-2]["content"])
@@ -128,6 +134,8 @@ def main() -> int:
     parser.add_argument("--prefill", type=int, default=1)
     parser.add_argument("--decode", type=int, default=1)
     parser.add_argument("--show", type=int, default=3, help="wrong answers to show per skill")
+    parser.add_argument("--card", type=Path, help="write the model's README there; needs --work")
+    parser.add_argument("--work", type=Path, default=Path(".cache/builtin-model"), help="where it was trained")
     given = parser.parse_args()
     if given.url:
         scores = asyncio.run(evaluate(given.url, given.count, given.concurrency, given.show))
@@ -135,6 +143,14 @@ def main() -> int:
         with served(given.model, given.prefill, given.decode) as url:
             scores = asyncio.run(evaluate(url, given.count, given.concurrency, given.show))
     print(table(scores))
+    if given.card:
+        samples = [sample for skill in SKILLS for sample in held_out(skill, given.count // 10)]
+        model, draft = (
+            Part.of(given.model / folder / "model.safetensors", given.work / f"{part}.json")
+            for folder, part in (("", "model"), ("draft", "draft"))
+        )
+        guessed = share_guessed(given.model / "draft", samples)
+        write_card(given.card, table(scores), model, draft, f"{os.cpu_count()} CPU cores", guessed, len(samples))
     return 0
 
 

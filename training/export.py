@@ -1,4 +1,4 @@
-"""A trained network as a folder in Hugging Face's format: config, bfloat16 weights, tokenizer, chat template."""
+"""A trained network as a folder in Hugging Face's format, and back: config, weights, tokenizer, chat template."""
 
 from __future__ import annotations
 
@@ -8,18 +8,33 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 
 from training.model import Network, Shape
 from training.tokens import END, SPECIAL_TOKENS, TEMPLATE
+
+_PREFIX = "model."
+_SIZES = {
+    "vocab": "vocab_size",
+    "hidden": "hidden_size",
+    "inner": "intermediate_size",
+    "layers": "num_hidden_layers",
+    "heads": "num_attention_heads",
+    "kv_heads": "num_key_value_heads",
+    "head_dim": "head_dim",
+    "context": "max_position_embeddings",
+    "norm_eps": "rms_norm_eps",
+    "rope_theta": "rope_theta",
+}
+"""Fields of ``Shape``, and their names in config.json."""
 
 
 def export(network: Network, tokenizer: Tokenizer, folder: Path) -> None:
     """Writes or replaces the files in ``folder``."""
     folder.mkdir(parents=True, exist_ok=True)
     weights = {
-        f"model.{name}": weight.detach().to("cpu", torch.bfloat16).contiguous()
+        f"{_PREFIX}{name}": weight.detach().to("cpu", torch.bfloat16).contiguous()
         for name, weight in network.state_dict().items()
     }
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
@@ -39,22 +54,22 @@ def export(network: Network, tokenizer: Tokenizer, folder: Path) -> None:
     )
 
 
+def load(folder: Path) -> Network:
+    """What ``export`` wrote, to compute with in bfloat16."""
+    config = json.loads((folder / "config.json").read_text())
+    network = Network(Shape(**{field: config[name] for field, name in _SIZES.items()}))
+    weights = load_file(folder / "model.safetensors")
+    network.load_state_dict({name.removeprefix(_PREFIX): weight.float() for name, weight in weights.items()})
+    return network
+
+
 def _config(shape: Shape) -> dict[str, object]:
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
         "torch_dtype": "bfloat16",
-        "vocab_size": shape.vocab,
-        "hidden_size": shape.hidden,
-        "intermediate_size": shape.inner,
-        "num_hidden_layers": shape.layers,
-        "num_attention_heads": shape.heads,
-        "num_key_value_heads": shape.kv_heads,
-        "head_dim": shape.head_dim,
-        "max_position_embeddings": shape.context,
+        **{name: getattr(shape, field) for field, name in _SIZES.items()},
         "hidden_act": "silu",
-        "rms_norm_eps": shape.norm_eps,
-        "rope_theta": shape.rope_theta,
         "attention_bias": False,
         "mlp_bias": False,
         "tie_word_embeddings": True,

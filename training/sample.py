@@ -24,16 +24,21 @@ T = TypeVar("T")
 class Sample:
     """``messages`` end with the assistant's answer. ``tools`` are offered as in OpenAI's API.
 
-    ``stretches``: the answer depends on something far back, so training may widen the distances.
+    ``stretches``: the answer depends on something far back, so training may widen the distances. ``also``: other
+    answers that are as right.
     """
 
     messages: tuple[JsonObject, ...]
     tools: tuple[JsonObject, ...] = ()
     stretches: bool = False
+    also: tuple[str, ...] = ()
 
     @property
     def answer(self) -> str:
         return str(self.messages[-1]["content"])
+
+    def accepts(self, said: str) -> bool:
+        return said == self.answer or said in self.also
 
 
 class Skill(Protocol):

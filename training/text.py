@@ -52,6 +52,19 @@ def clock_time(random: Random) -> str:
     return f"{random.randint(0, 23):02}:{random.choice((0, 10, 15, 20, 30, 40, 45, 50)):02}"
 
 
+def adjective(random: Random) -> str:
+    return random.choice(_ADJECTIVES)
+
+
+def thing(random: Random) -> str:
+    return random.choice(_THINGS)
+
+
+def person(random: Random) -> str:
+    """What somebody is, without an article."""
+    return random.choice(_PEOPLE)
+
+
 def filler_sentence(random: Random) -> str:
     """A sentence nobody will be asked about."""
     pick = random.choice

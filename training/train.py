@@ -44,7 +44,10 @@ class Recipe:
 
 
 class Trainer:
-    """A network and its optimizers; ``file`` holds them between runs."""
+    """A network and its optimizers; ``file`` holds them between runs.
+
+    ``num_tokens`` and ``seconds``: what all runs together have read, padding included, and taken.
+    """
 
     def __init__(self, shape: Shape, recipe: Recipe, tokenizer: Tokenizer, file: Path, device: torch.device) -> None:
         torch.manual_seed(recipe.plan.seed)
@@ -52,6 +55,9 @@ class Trainer:
         prime(self.network)
         self.network.to(device)
         self.step = 0
+        self.num_tokens = 0
+        self.seconds = 0.0
+        self._since = 0.0
         self._recipe, self._tokenizer, self._file, self._device = recipe, tokenizer, file, device
         matrices = [p for name, p in self.network.named_parameters() if p.ndim == 2 and "embed" not in name]
         others = [p for name, p in self.network.named_parameters() if p.ndim != 2 or "embed" in name]
@@ -68,8 +74,8 @@ class Trainer:
     def run(self, say: Callable[[str], None], *, until: int | None = None) -> None:
         """Goes on to the last step, or ``until``; saves at the end."""
         last = min(until or self._recipe.steps, self._recipe.steps)
-        saved = started = time.monotonic()
-        seen = labels = 0
+        self._since = saved = started = time.monotonic()
+        seen = steps = 0
         total = 0.0
         with ThreadPoolExecutor(1) as ahead:
             renderer = Renderer()
@@ -78,14 +84,14 @@ class Trainer:
                 batches = coming.result()
                 coming = ahead.submit(make_step, self._tokenizer, renderer, self._recipe.plan, self.step + 1)
                 total += self._learn(batches)
-                seen += sum(batch.tokens.numel() for batch in batches)
-                labels += 1
-                self.step += 1
+                num_tokens = sum(batch.tokens.numel() for batch in batches)
+                seen, steps = seen + num_tokens, steps + 1
+                self.step, self.num_tokens = self.step + 1, self.num_tokens + num_tokens
                 now = time.monotonic()
                 if self.step % 10 == 0:
                     rate = seen / (now - started)
-                    say(f"step {self.step}/{self._recipe.steps} loss {total / labels:.4f} {rate:.0f} tokens/s")
-                    started, seen, labels, total = now, 0, 0, 0.0
+                    say(f"step {self.step}/{self._recipe.steps} loss {total / steps:.4f} {rate:.0f} tokens/s")
+                    started, seen, steps, total = now, 0, 0, 0.0
                 if now - saved > _SAVE_EVERY_S:
                     saved = now
                     self._save()
@@ -117,16 +123,19 @@ class Trainer:
         return loss.item(), torch.autograd.grad(loss, list(self.network.parameters()))
 
     def _save(self) -> None:
+        now = time.monotonic()
+        self.seconds, self._since = self.seconds + now - self._since, now
         draft = self._file.with_suffix(".draft")
         optimizers = [optimizer.state_dict() for optimizer, _ in self._optimizers]
-        torch.save({"step": self.step, "network": self.network.state_dict(), "optimizers": optimizers}, draft)
+        progress = {"step": self.step, "num_tokens": self.num_tokens, "seconds": self.seconds}
+        torch.save({**progress, "network": self.network.state_dict(), "optimizers": optimizers}, draft)
         draft.replace(self._file)
-        about = {"step": self.step, "recipe": asdict(self._recipe), "shape": asdict(self.network.shape)}
+        about = {**progress, "recipe": asdict(self._recipe), "shape": asdict(self.network.shape)}
         self._file.with_suffix(".json").write_text(json.dumps(about, indent=2))
 
     def _load(self) -> None:
         saved = torch.load(self._file, map_location=self._device, weights_only=True)
-        self.step = saved["step"]
+        self.step, self.num_tokens, self.seconds = saved["step"], saved["num_tokens"], saved["seconds"]
         self.network.load_state_dict(saved["network"])
         for (optimizer, _), state in zip(self._optimizers, saved["optimizers"], strict=True):
             optimizer.load_state_dict(state)

@@ -15,9 +15,11 @@ from torch.nn import functional
 from tandem import LLM, SamplingParams
 from training.batches import Plan
 from training.corpus import samples
-from training.export import export
+from training.export import export, load
+from training.guessing import share_guessed
 from training.model import Network, Shape, _angles, _Normed, _rotate
 from training.priming import prime
+from training.sample import Sample, asked
 from training.tokens import Renderer, train_tokenizer
 from training.train import Recipe, Trainer
 
@@ -129,3 +131,21 @@ def test_a_primed_network_looks_one_two_and_three_tokens_back() -> None:
             scores = keys @ queries[head] * shape.head_dim**-0.5
             assert int(scores.argmax()) == 59 - (head + 1)
             assert float(scores.softmax(0).max()) > 0.5
+
+
+def test_what_is_exported_is_read_back_and_a_draft_guesses_what_it_has_learnt(
+    tokenizer: Tokenizer, tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    network = Network(Shape(400, hidden=32, inner=64, layers=2, heads=2, kv_heads=1, head_dim=16, context=512))
+    export(network, tokenizer, tmp_path)
+    again = load(tmp_path)
+    assert again.shape == network.shape
+    for name, weight in network.state_dict().items():
+        assert torch.equal(again.state_dict()[name], weight.to(torch.bfloat16).float())
+    # Every hidden state is the same, so it says one token for ever: the one its samples' answers consist of.
+    for parameter in network.parameters():
+        parameter.data.fill_(1.0)
+    network.embed_tokens.weight.data[tokenizer.encode("a").ids[0]] = 2.0
+    export(network, tokenizer, tmp_path)
+    assert share_guessed(tmp_path, [Sample(asked("x", "aaa").messages)]) == 3 / 4, "all but the end"

@@ -26,6 +26,7 @@ _LEARNT = (
     (("What can't you do?", "What can you not do?", "What are your limits?", "What do you not know?"), LIMITS),
     (("How are you?", "how are you", "How do you do?"), "I am fine, thank you. How can I help you?"),
     (("Thank you", "Thanks", "Thank you!", "Thanks!", "thanks"), "You are welcome."),
+    (("OK", "Ok", "ok", "Yes", "yes", "No", "no", "I see", "Great", "Nice", "Cool", "Good"), "All right. What next?"),
     (("Goodbye", "Bye", "bye", "Goodbye!", "See you"), "Goodbye!"),
 )
 _WITH_NAME = (
