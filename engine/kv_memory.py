@@ -1,4 +1,4 @@
-"""The KV memory of one worker: a tensor for kernels, regions of bytes for the transfer layer.
+"""The KV memory of one worker: tensors for kernels, regions of bytes for the transfer layer.
 
     block b:  [b * block_bytes, (b + 1) * block_bytes)      nonce: 16 bytes after the last block (CPU only)
 
@@ -18,13 +18,14 @@ import threading
 import torch
 from torch import Tensor
 
+from kernels.types import PagedKv
 from proto.layout import KvLayout, MemoryExport
 
 NONCE_BYTES = 16
 
 
 class KvMemory:
-    """``tensor`` is ``[num_blocks, num_layers, 2, block_size, kv_heads, head_dim]``; only a block's owner writes it.
+    """``paged`` is the memory as kernels see it; only a block's owner writes it.
 
     ``close()`` ends the export and must come last: views of ``read`` stay valid as long as they are referenced.
     """
@@ -33,20 +34,20 @@ class KvMemory:
         self.layout = layout
         self.num_blocks = num_blocks
         self.device = device
-        shape = (num_blocks, layout.num_layers, 2, layout.block_size, layout.kv_heads, layout.head_dim)
-        dtype = getattr(torch, layout.dtype)
-        self._bytes: memoryview | None = None
+        self._mapped: memoryview | None = None
         self._export: MemoryExport | None = None
+        size = num_blocks * layout.block_bytes
         if device.type == "cpu":
-            size = num_blocks * layout.block_bytes
             mapped = self._map(size)
-            self._bytes = memoryview(mapped)
-            self.tensor: Tensor = torch.frombuffer(mapped, dtype=dtype, count=size // dtype.itemsize).view(shape)
+            self._mapped = memoryview(mapped)
+            regions = torch.frombuffer(mapped, dtype=torch.uint8, count=size)
         else:
-            self.tensor = torch.zeros(shape, dtype=dtype, device=device)
+            regions = torch.zeros(size, dtype=torch.uint8, device=device)
             # Device copies go through one page-locked block: the driver would stage them itself, slower, otherwise.
-            self._staging = torch.empty(shape[1:], dtype=dtype, pin_memory=True)
+            self._staging = torch.empty(layout.block_bytes, dtype=torch.uint8, pin_memory=True)
             self._staging_lock = threading.Lock()
+        self._regions = regions.view(num_blocks, layout.block_bytes)
+        self.paged = _paged(self._regions, layout)
 
     def _map(self, size: int) -> mmap.mmap:
         """``size`` bytes of zeros and the nonce. Where the system has no memfd, the memory cannot be exported."""
@@ -65,30 +66,32 @@ class KvMemory:
     def read(self, block: int) -> memoryview:
         """The block's bytes, read-only: on CPU a view without a copy, on a GPU a copy."""
         start = self._offset(block)
-        if self._bytes is not None:
-            return self._bytes[start : start + self.layout.block_bytes].toreadonly()
+        if self._mapped is not None:
+            return self._mapped[start : start + self.layout.block_bytes].toreadonly()
         with self._staging_lock:
-            self._staging.copy_(self.tensor[block])
-            return memoryview(bytes(self._staging_bytes())).toreadonly()
+            self._staging.copy_(self._regions[block])
+            return memoryview(bytes(self._staging.numpy().data)).toreadonly()
 
     def write(self, block: int, data: bytes | memoryview) -> None:
         """Copies ``data``, ``layout.block_bytes`` long, into the block."""
         start = self._offset(block)
         assert len(data) == self.layout.block_bytes, f"a block has {self.layout.block_bytes} bytes, not {len(data)}"
-        if self._bytes is not None:
-            self._bytes[start : start + len(data)] = data
+        if self._mapped is not None:
+            self._mapped[start : start + len(data)] = data
             return
         with self._staging_lock:
-            self._staging_bytes()[:] = data
-            self.tensor[block].copy_(self._staging)
+            self._staging.numpy().data[:] = data
+            self._regions[block].copy_(self._staging)
 
     def copy(self, source: int, destination: int) -> None:
         """Makes ``destination`` equal to ``source``."""
-        self.tensor[destination].copy_(self.tensor[source])
+        self._regions[destination].copy_(self._regions[source])
 
     def zero_tail(self, block: int, num_valid_tokens: int) -> None:
         """Zeroes the block's slots from ``num_valid_tokens`` on, in every layer: equal tokens, then equal bytes."""
-        self.tensor[block, :, :, num_valid_tokens:] = 0
+        self.paged.data[block, :, :, num_valid_tokens:] = 0
+        if self.paged.scales is not None:
+            self.paged.scales[block, ..., num_valid_tokens:] = 0
 
     def export(self) -> MemoryExport | None:
         """Where a process of this host can map the memory; None on a GPU and after ``close``."""
@@ -104,5 +107,13 @@ class KvMemory:
         assert 0 <= block < self.num_blocks, f"block {block} of {self.num_blocks}"
         return block * self.layout.block_bytes
 
-    def _staging_bytes(self) -> memoryview:
-        return self._staging.view(torch.uint8).reshape(-1).numpy().data
+
+def _paged(regions: Tensor, layout: KvLayout) -> PagedKv:
+    """``regions [num_blocks, block_bytes]`` as keys and values, and their scales: views of the same memory."""
+    outer, heads = (regions.shape[0], layout.num_layers, 2), layout.kv_heads
+    data = regions[:, : layout.data_bytes].view(getattr(torch, layout.dtype))
+    data = data.view(*outer, layout.block_size, heads, layout.head_dim)
+    if not layout.has_scales:
+        return PagedKv(data)
+    scales = regions[:, layout.data_bytes :].view(torch.float32)
+    return PagedKv(data, scales.view(*outer, heads, layout.block_size))

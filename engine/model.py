@@ -15,7 +15,7 @@ from engine.families import ModelSpec
 from engine.rope import Rope
 from engine.weights import WeightSource
 from kernels.reference import ACTIVATIONS, DenseLinear
-from kernels.types import Kernels, Linear, Ragged
+from kernels.types import AttentionSpec, Kernels, Linear, PagedKv, Ragged
 from proto.errors import UnsupportedModel
 
 _CPU_MLP_TOKENS = 512
@@ -43,8 +43,7 @@ class Attention:
     def __init__(self, spec: ModelSpec, layer: int, source: WeightSource, kernels: Kernels) -> None:
         self._kernels = kernels
         self._layer = layer
-        self._window = spec.windows[layer]
-        self._scale = spec.head_dim**-0.5
+        self._spec = AttentionSpec(scale=spec.head_dim**-0.5, window=spec.windows[layer])
         self._heads, self._kv_heads, self._head_dim = spec.num_heads, spec.kv_heads, spec.head_dim
         self._eps = spec.norm_eps
         name = f"model.layers.{layer}.self_attn"
@@ -59,7 +58,7 @@ class Attention:
                 (q_norm.expand(spec.num_heads, spec.head_dim), k_norm.expand(spec.kv_heads, spec.head_dim))
             )
 
-    def __call__(self, x: Tensor, step: StepInputs, kv: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    def __call__(self, x: Tensor, step: StepInputs, kv: PagedKv, cos: Tensor, sin: Tensor) -> Tensor:
         """``x [tokens, hidden]`` to the heads' outputs ``[tokens, heads * head_dim]``; writes the tokens' KV."""
         qkv = self._qkv(x).view(-1, self._heads + 2 * self._kv_heads, self._head_dim)
         rotated = qkv[:, : -self._kv_heads]
@@ -68,7 +67,7 @@ class Attention:
         rotated = self._kernels.rotate(rotated, cos, sin)
         query, key, value = rotated[:, : self._heads], rotated[:, self._heads :], qkv[:, -self._kv_heads :]
         self._kernels.write_kv(kv, self._layer, step.blocks, step.offsets, torch.stack((key, value), 1))
-        out = self._kernels.attend(query, kv, self._layer, step.batch, self._window, self._scale)
+        out = self._kernels.attend(query, kv, self._layer, step.batch, self._spec)
         return out.flatten(1)
 
     def project(self, heads: Tensor) -> Tensor:
@@ -113,7 +112,7 @@ class Layer:
         self._mlp = GatedMlp(spec, layer, source, kernels)
 
     def __call__(
-        self, x: Tensor, step: StepInputs, kv: Tensor, cos: Tensor, sin: Tensor, only: Tensor | None = None
+        self, x: Tensor, step: StepInputs, kv: PagedKv, cos: Tensor, sin: Tensor, only: Tensor | None = None
     ) -> Tensor:
         """``x [tokens, hidden]`` to the same; with ``only``, all tokens' KV is written but just those rows go on."""
         heads = self._attention(self._kernels.rms_norm(x, self._attention_norm, self._eps), step, kv, cos, sin)
@@ -143,7 +142,7 @@ class Decoder:
         self._norm = source.take(["model.norm.weight"], (spec.hidden_size,))
 
     @torch.inference_mode()
-    def forward(self, step: StepInputs, kv: Tensor) -> Tensor:
+    def forward(self, step: StepInputs, kv: PagedKv) -> Tensor:
         """float32 logits ``[len(step.logit_rows), vocab_size]``. Writes all tokens' keys and values into ``kv``."""
         cos, sin = self._rope.angles(step.positions)
         x = self._embedding.rows(step.tokens)

@@ -33,7 +33,7 @@ class Runner:
         if not batch.rows:
             return ()
         flattened = flatten(batch, self._facts.block_size, self._model.device)
-        logits = self._model.forward(flattened.inputs, self._kv.tensor)
+        logits = self._model.forward(flattened.inputs, self._kv.paged)
         self._check_finite(logits)
         draws = [
             Draw(logit_row, spec)
@@ -49,7 +49,7 @@ class Runner:
         if bad:
             raise LocalFault(
                 f"The model gave logits that are not finite for {bad} of {logits.shape[0]} sequences in this step: "
-                f"damaged weights, or values too large for {self._facts.layout.dtype}."
+                "damaged weights, or values too large for the model's type."
             )
 
 

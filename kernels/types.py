@@ -47,6 +47,32 @@ class Ragged:
 
 
 @dataclass(frozen=True, slots=True)
+class PagedKv:
+    """KV memory of one worker; only the first stride of a tensor says how far apart blocks lie.
+
+    ``data [num_blocks, num_layers, 2, block_size, kv_heads, head_dim]``: keys at index 0 of the third dimension, values
+    at 1. Where it is float8_e4m3fn, ``scales [num_blocks, num_layers, 2, kv_heads, block_size]`` (float32) has a factor
+    for each token and head: what is stored is the number divided by it.
+    """
+
+    data: Tensor
+    scales: Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionSpec:
+    """How a layer weighs the tokens before: softmax of ``scale * query @ key``.
+
+    With a ``window`` a token sees itself and the window - 1 tokens before it. With a ``soft_cap`` c, a score s becomes
+    c * tanh(s / c).
+    """
+
+    scale: float
+    window: int | None = None
+    soft_cap: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Kernels:
     """The operations of a step; each has the signature, shapes and meaning of its namesake in ``kernels.reference``.
 
@@ -58,8 +84,8 @@ class Kernels:
     rms_norm: Callable[[Tensor, Tensor, float], Tensor]
     rotate: Callable[[Tensor, Tensor, Tensor], Tensor]
     gate: Callable[[Tensor, str], Tensor]
-    write_kv: Callable[[Tensor, int, Tensor, Tensor, Tensor], None]
-    attend: Callable[[Tensor, Tensor, int, Ragged, int | None, float], Tensor]
+    write_kv: Callable[[PagedKv, int, Tensor, Tensor, Tensor], None]
+    attend: Callable[[Tensor, PagedKv, int, Ragged, AttentionSpec], Tensor]
     gumbel: Callable[[Sequence[int], int, torch.device], Tensor]
     """As ``kernels.noise.gumbel``."""
     is_batch_invariant: bool = False

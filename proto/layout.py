@@ -18,11 +18,14 @@ BLOCK_FORMAT = 1
 number, so that a rolling update to a newer wire version goes on handing blocks over."""
 
 DTYPE_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "float8_e4m3fn": 1}
+FP8 = "float8_e4m3fn"
+SCALE_BYTES = 4
 
 
 @dataclass(frozen=True, slots=True)
 class Span:
-    """``num_bytes`` at ``offset`` of a block: one layer's keys or values, ``[block_size, kv_heads, head_dim]``."""
+    """``num_bytes`` at ``offset`` of a block: one layer's keys or values, ``[block_size, kv_heads, head_dim]``, or
+    their scales, ``[kv_heads, block_size]``."""
 
     layer: int
     part: str
@@ -32,7 +35,11 @@ class Span:
 
 @dataclass(frozen=True, slots=True)
 class KvLayout:
-    """The shape of every block of one worker: ``[num_layers, 2, block_size, kv_heads, head_dim]`` of ``dtype``."""
+    """The shape of every block of one worker: ``[num_layers, 2, block_size, kv_heads, head_dim]`` of ``dtype``.
+
+    fp8 has scales behind it, float32 ``[num_layers, 2, kv_heads, block_size]``: one for each token and head, so that a
+    token's bytes are the same whatever block-mates it gets.
+    """
 
     num_layers: int
     block_size: int
@@ -41,9 +48,23 @@ class KvLayout:
     dtype: str
     model_digest: str
 
+    def __post_init__(self) -> None:
+        if self.has_scales and self.head_dim % 2:
+            raise ValueError(f"scales are aligned behind heads of an even size, not of {self.head_dim}")
+
+    @property
+    def has_scales(self) -> bool:
+        return self.dtype == FP8
+
     @property
     def bytes_per_token(self) -> int:
-        return self.num_layers * 2 * self.kv_heads * self.head_dim * DTYPE_BYTES[self.dtype]
+        scale = SCALE_BYTES if self.has_scales else 0
+        return self.num_layers * 2 * self.kv_heads * (self.head_dim * DTYPE_BYTES[self.dtype] + scale)
+
+    @property
+    def data_bytes(self) -> int:
+        """What keys and values take of a block; scales, if any, begin there."""
+        return self.num_layers * 2 * self.block_size * self.kv_heads * self.head_dim * DTYPE_BYTES[self.dtype]
 
     @property
     def block_bytes(self) -> int:
@@ -51,12 +72,16 @@ class KvLayout:
 
     def spans(self) -> list[Span]:
         """The parts of a block in address order; they tile it without gaps."""
-        size = self.block_size * self.kv_heads * self.head_dim * DTYPE_BYTES[self.dtype]
-        return [
-            Span(layer, part, (layer * 2 + which) * size, size)
-            for layer in range(self.num_layers)
-            for which, part in enumerate(("key", "value"))
-        ]
+        parts = [(layer, part) for layer in range(self.num_layers) for part in ("key", "value")]
+        size = self.data_bytes // len(parts)
+        spans = [Span(layer, part, index * size, size) for index, (layer, part) in enumerate(parts)]
+        if self.has_scales:
+            size = self.block_size * self.kv_heads * SCALE_BYTES
+            spans += [
+                Span(layer, f"{part} scale", self.data_bytes + index * size, size)
+                for index, (layer, part) in enumerate(parts)
+            ]
+        return spans
 
     def fingerprint(self) -> str:
         """Equal fingerprints mean that a block of one worker can be used by the other as it is."""

@@ -18,7 +18,7 @@ from torch import Tensor
 from kernels.cpu import library
 from kernels.cpu.library import Function, declare
 from kernels.cpu.memory import empty_weights
-from kernels.types import Kernels, KernelsUnavailable, Linear, Ragged
+from kernels.types import AttentionSpec, Kernels, KernelsUnavailable, Linear, PagedKv, Ragged
 
 log = logging.getLogger(__name__)
 
@@ -76,30 +76,32 @@ class NativeKernels:
         self._gumbel(packed.data_ptr(), out.data_ptr(), len(keys), vocab_size, torch.get_num_threads())
         return out
 
-    def attend(self, query: Tensor, kv: Tensor, layer: int, batch: Ragged, window: int | None, scale: float) -> Tensor:
+    def attend(self, query: Tensor, kv: PagedKv, layer: int, batch: Ragged, spec: AttentionSpec) -> Tensor:
         _, heads, head_dim = query.shape
-        block_size, kv_heads = kv.shape[3:5]
-        if head_dim % 32 or head_dim > 256 or block_size % 16 or not _is_dense(query):
-            return self._other.attend(query, kv, layer, batch, window, scale)
+        data = kv.data
+        block_size, kv_heads = data.shape[3:5]
+        takes_shape = not (head_dim % 32 or head_dim > 256 or block_size % 16) and _is_dense(query)
+        if not takes_shape or kv.scales is not None or spec.soft_cap is not None:
+            return self._other.attend(query, kv, layer, batch, spec)
         out = torch.empty(query.shape, dtype=query.dtype)
         self._attend(
             query.data_ptr(),
-            kv[0, layer].data_ptr(),
+            data[0, layer].data_ptr(),
             out.data_ptr(),
             batch.query_starts.data_ptr(),
             batch.positions.data_ptr(),
             batch.block_table.data_ptr(),
             query.stride(0),
-            kv.stride(0),
-            kv.stride(2),
+            data.stride(0),
+            data.stride(2),
             batch.block_table.shape[1],
             batch.block_table.shape[0],
             heads,
             kv_heads,
             head_dim,
             block_size,
-            window or 0,
-            scale,
+            spec.window or 0,
+            spec.scale,
             torch.get_num_threads(),
         )
         return out

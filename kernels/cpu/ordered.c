@@ -245,7 +245,7 @@ typedef struct {
     const int64_t *query_starts, *positions, *block_table; /* [rows + 1], [rows], [rows, table_width] */
     int64_t query_stride, block_stride, value_offset, table_width;
     int64_t rows, heads, kv_heads, dim, block_size, window;
-    float scale;
+    float scale, soft_cap; /* 0: none */
     int is_half;
 } Batch;
 
@@ -288,6 +288,11 @@ static void attend_row(const Batch *b, Work *w, int r, const float *query, int64
     float largest = w->maximum[r], factor = b->scale * 1.44269504f;
     for (int64_t j = 0; j < KEYS; j++)
         p[j] = p[j] * factor;
+    if (b->soft_cap > 0) {
+        float cap = b->soft_cap * 1.44269504f, twice = 2.0f / b->soft_cap;
+        for (int64_t j = 0; j < KEYS; j++) /* cap * tanh(p / cap) */
+            p[j] = cap - 2.0f * cap / (power_of_two(p[j] * twice) + 1.0f);
+    }
     for (int64_t j = begin; j < end; j++)
         largest = p[j] > largest ? p[j] : largest;
     float decay = power_of_two(w->maximum[r] - largest);
@@ -344,11 +349,11 @@ static void run_task(const Batch *b, Work *w, int64_t row, int64_t head, int64_t
 int ordered_attend(const float *query, const void *kv, float *out, const int64_t *query_starts, const int64_t *positions,
                    const int64_t *block_table, int64_t query_stride, int64_t block_stride, int64_t value_offset,
                    int64_t table_width, int64_t rows, int64_t heads, int64_t kv_heads, int64_t dim, int64_t block_size,
-                   int64_t window, float scale, int is_half, int threads) {
+                   int64_t window, float scale, float soft_cap, int is_half, int threads) {
     if (dim > MAX_DIM)
         return -1;
     const Batch batch = {query,       kv,   out,   query_starts, positions, block_table, query_stride, block_stride, value_offset,
-                         table_width, rows, heads, kv_heads,     dim,       block_size,  window,       scale,        is_half};
+                         table_width, rows, heads, kv_heads,     dim,       block_size,  window,       scale,        soft_cap,     is_half};
     int64_t longest = 0;
     for (int64_t row = 0; row < rows; row++) {
         int64_t num = (query_starts[row + 1] - query_starts[row]) * (heads / kv_heads);

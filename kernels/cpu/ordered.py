@@ -17,7 +17,7 @@ from torch import Tensor
 from kernels import noise, reference
 from kernels.cpu import library
 from kernels.cpu.memory import empty_weights
-from kernels.types import Kernels, Linear, Ragged
+from kernels.types import AttentionSpec, Kernels, Linear, PagedKv, Ragged
 
 MAX_HEAD_DIM = 256
 DTYPES = (torch.float32, torch.bfloat16)
@@ -33,7 +33,7 @@ class OrderedKernels:
         self._panel_width = declare(functions, "panel_width", 0, 0)()
         self._pack = declare(functions, "pack_panels", 2, 3, c_int, c_int)
         self._linear = declare(functions, "ordered_linear", 4, 3, c_int, c_int)
-        self._attend = declare(functions, "ordered_attend", 6, 10, c_float, c_int, c_int)
+        self._attend = declare(functions, "ordered_attend", 6, 10, c_float, c_float, c_int, c_int)
         self._rms_norm = declare(functions, "ordered_rms_norm", 3, 4, c_float, c_int)
         self._rotate = declare(functions, "ordered_rotate", 4, 4, c_int)
         self._gate = declare(functions, "ordered_gate", 2, 2, c_int, c_int)
@@ -64,30 +64,35 @@ class OrderedKernels:
         self._gate(wide.data_ptr(), out.data_ptr(), tokens, width // 2, _ACTIVATIONS[activation], threads)
         return out.to(x.dtype)
 
-    def attend(self, query: Tensor, kv: Tensor, layer: int, batch: Ragged, window: int | None, scale: float) -> Tensor:
+    def attend(self, query: Tensor, kv: PagedKv, layer: int, batch: Ragged, spec: AttentionSpec) -> Tensor:
         _, heads, head_dim = query.shape
-        block_size, kv_heads = kv.shape[3:5]
         assert head_dim <= MAX_HEAD_DIM, "checked when the kernels were chosen"
+        data, table = kv.data[:, layer], batch.block_table
+        if kv.scales is not None:  # fp8: the blocks of this step, widened, in the order of the table
+            data = reference.widen_kv(kv, layer, table.reshape(-1))
+            table = torch.arange(table.numel()).view(table.shape)
+        block_size, kv_heads = data.shape[2:4]
         wide, out = _wide(query), torch.empty(query.shape)
         self._attend(
             wide.data_ptr(),
-            kv[0, layer].data_ptr(),
+            data.data_ptr(),
             out.data_ptr(),
             batch.query_starts.data_ptr(),
             batch.positions.data_ptr(),
-            batch.block_table.data_ptr(),
+            table.data_ptr(),
             wide.stride(0),
-            kv.stride(0),
-            kv.stride(2),
-            batch.block_table.shape[1],
-            batch.block_table.shape[0],
+            data.stride(0),
+            data.stride(1),
+            table.shape[1],
+            table.shape[0],
             heads,
             kv_heads,
             head_dim,
             block_size,
-            window or 0,
-            scale,
-            kv.dtype == torch.bfloat16,
+            spec.window or 0,
+            spec.scale,
+            spec.soft_cap or 0.0,
+            data.dtype == torch.bfloat16,
             torch.get_num_threads(),
         )
         return out.to(query.dtype)

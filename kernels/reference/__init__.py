@@ -1,6 +1,6 @@
 """The maths of one step in plain torch: the oracle for every compiled twin, and what runs where there is none."""
 
-from kernels.reference.attention import attend, attend_chunk, attend_decode, write_kv
+from kernels.reference.attention import attend, attend_chunk, attend_decode, quantise_kv, widen_kv, write_kv
 from kernels.reference.elementwise import ACTIVATIONS, gate, rms_norm, rotate
 from kernels.reference.linear import DenseLinear, linear
 
@@ -12,7 +12,9 @@ __all__ = [
     "attend_decode",
     "gate",
     "linear",
+    "quantise_kv",
     "rms_norm",
     "rotate",
+    "widen_kv",
     "write_kv",
 ]

@@ -1,8 +1,7 @@
 """Attention over paged keys and values in plain torch.
 
-KV memory is one tensor ``[num_blocks, num_layers, 2, block_size, kv_heads, head_dim]`` (keys at index 0 of the third
-dimension, values at 1). Query heads are grouped: head h reads KV head h // (heads / kv_heads).
-Knows shapes and strides; knows nothing of models, sequences or who owns a block.
+Query heads are grouped: head h reads KV head h // (heads / kv_heads). fp8 keys and values are widened to the query's
+type when they are read. Knows shapes and strides; knows nothing of models, sequences or who owns a block.
 """
 
 from __future__ import annotations
@@ -11,36 +10,57 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.types import Ragged
+from kernels.types import AttentionSpec, PagedKv, Ragged
+
+FP8 = torch.float8_e4m3fn
+FP8_MAX = 448.0
 
 _CHUNK_QUERIES = 512
 """Queries attended at once when a mask is needed: bounds the mask's memory."""
 
 
-def write_kv(kv: Tensor, layer: int, blocks: Tensor, offsets: Tensor, new: Tensor) -> None:
+def write_kv(kv: PagedKv, layer: int, blocks: Tensor, offsets: Tensor, new: Tensor) -> None:
     """Stores ``new [tokens, 2, kv_heads, head_dim]`` at ``offsets [tokens]`` of ``blocks [tokens]``."""
-    kv[:, layer][blocks, :, offsets] = new
+    if kv.scales is None:
+        kv.data[:, layer][blocks, :, offsets] = new
+        return
+    data, scales = quantise_kv(new)
+    # Few operations know fp8: bytes are stored.
+    kv.data.view(torch.uint8)[:, layer][blocks, :, offsets] = data.view(torch.uint8)
+    kv.scales[:, layer][blocks, :, :, offsets] = scales
 
 
-def attend(query: Tensor, kv: Tensor, layer: int, batch: Ragged, window: int | None, scale: float) -> Tensor:
+def quantise_kv(new: Tensor) -> tuple[Tensor, Tensor]:
+    """``new [..., head_dim]`` as fp8, and the float32 factors ``[...]`` it was divided by.
+
+    The largest number of each token and head becomes the largest of fp8. So a token's bytes follow from the token
+    alone: a factor for a whole block would change, or be wrong, when the block's next token is larger than the first,
+    and then the bytes would depend on how the prompt was cut into chunks.
+    """
+    wide = new.float()
+    scales = wide.abs().amax(-1) / FP8_MAX
+    divisor = scales.masked_fill(scales == 0, 1.0)
+    return (wide / divisor[..., None]).clamp_(-FP8_MAX, FP8_MAX).to(FP8), scales
+
+
+def attend(query: Tensor, kv: PagedKv, layer: int, batch: Ragged, spec: AttentionSpec) -> Tensor:
     """Causal attention of a step's tokens over their own sequences' keys and values, which are written already.
 
-    ``query [tokens, heads, head_dim]``; with a ``window`` a token sees itself and the window - 1 tokens before it.
-    Returns ``[tokens, heads, head_dim]``.
+    ``query [tokens, heads, head_dim]``. Returns ``[tokens, heads, head_dim]``.
     """
     outputs: list[Tensor] = []
     count = batch.num_decode
     if count:
         table, lengths = batch.block_table[:count, : batch.decode_width], batch.positions[:count] + 1
-        outputs.append(attend_decode(query[:count], kv, layer, table, lengths, window, scale))
+        outputs.append(attend_decode(query[:count], kv, layer, table, lengths, spec))
     for row, chunk in enumerate(batch.chunks, start=count):
         part = query[chunk.start : chunk.end]
-        outputs.append(attend_chunk(part, kv, layer, batch.block_table[row], chunk.position, window, scale))
+        outputs.append(attend_chunk(part, kv, layer, batch.block_table[row], chunk.position, spec))
     return outputs[0] if len(outputs) == 1 else torch.cat(outputs)
 
 
 def attend_decode(
-    query: Tensor, kv: Tensor, layer: int, block_table: Tensor, lengths: Tensor, window: int | None, scale: float
+    query: Tensor, kv: PagedKv, layer: int, block_table: Tensor, lengths: Tensor, spec: AttentionSpec
 ) -> Tensor:
     """One query per sequence against its ``lengths [rows]`` stored tokens, its own among them.
 
@@ -48,79 +68,93 @@ def attend_decode(
     Returns ``[rows, heads, head_dim]``.
     """
     rows, heads, head_dim = query.shape
-    block_size, kv_heads = kv.shape[3:5]
-    first = torch.zeros_like(lengths)
+    block_size, kv_heads = kv.data.shape[3:5]
+    first, window = torch.zeros_like(lengths), spec.window
     if window is not None:
         first = (lengths - window).clamp_(min=0) // block_size
         most = min(block_table.shape[1], (window - 2) // block_size + 2)
-        columns = first[:, None] + torch.arange(most, device=kv.device)
+        columns = first[:, None] + torch.arange(most, device=query.device)
         block_table = block_table.gather(1, columns.clamp_(max=block_table.shape[1] - 1))
     width = block_table.shape[1] * block_size
-    flat = block_table.reshape(-1)
     key, value = (
-        kv[:, layer, part].index_select(0, flat).view(rows, width, kv_heads, head_dim).transpose(1, 2)
-        for part in (0, 1)
+        each.view(rows, width, kv_heads, head_dim).transpose(1, 2)
+        for each in _read(kv, layer, block_table.reshape(-1), query.dtype)
     )
-    position = torch.arange(width, device=kv.device) + first[:, None] * block_size
+    position = torch.arange(width, device=query.device) + first[:, None] * block_size
     visible = position < lengths[:, None]
     if window is not None:
         visible &= position >= (lengths - window)[:, None]
-    mask = visible[:, None, None, :]
     grouped = query.view(rows, kv_heads, heads // kv_heads, head_dim)
-    return F.scaled_dot_product_attention(grouped, key, value, attn_mask=mask, scale=scale).view(rows, heads, head_dim)
+    return _softmax_sum(grouped, key, value, visible[:, None, None, :], spec).view(rows, heads, head_dim)
 
 
-def attend_chunk(
-    query: Tensor, kv: Tensor, layer: int, blocks: Tensor, start: int, window: int | None, scale: float
-) -> Tensor:
+def attend_chunk(query: Tensor, kv: PagedKv, layer: int, blocks: Tensor, start: int, spec: AttentionSpec) -> Tensor:
     """Consecutive queries of one sequence, the first at position ``start``, against the tokens up to each of them.
 
     ``query [tokens, heads, head_dim]``; ``blocks`` hold positions 0 to start + tokens - 1 at least, the chunk's own
     among them. Returns ``[tokens, heads, head_dim]``.
     """
-    tokens, block_size = query.shape[0], kv.shape[3]
+    tokens, block_size, window = query.shape[0], kv.data.shape[3], spec.window
     end = start + tokens
-    if start == 0 and (window is None or tokens <= window):
-        key, value = _gather(kv, layer, blocks, 0, end)
-        return _attend(query, key, value, None, scale)
+    if start == 0 and (window is None or tokens <= window) and spec.soft_cap is None:
+        key, value = _gather(kv, layer, blocks, 0, end, query.dtype)
+        return _attend(query, key, value, None, spec)
     if tokens > _CHUNK_QUERIES:
-        parts = range(0, tokens, _CHUNK_QUERIES)
-        return torch.cat(
-            [attend_chunk(query[p : p + _CHUNK_QUERIES], kv, layer, blocks, start + p, window, scale) for p in parts]
-        )
+        parts = zip(query.split(_CHUNK_QUERIES), range(start, end, _CHUNK_QUERIES), strict=True)
+        return torch.cat([attend_chunk(part, kv, layer, blocks, first, spec) for part, first in parts])
     first = 0 if window is None else max(0, start - window + 1) // block_size * block_size
-    key, value = _gather(kv, layer, blocks, first, end)
-    query_at = torch.arange(start, end, device=kv.device)[:, None]
-    key_at = torch.arange(first, end, device=kv.device)
+    key, value = _gather(kv, layer, blocks, first, end, query.dtype)
+    query_at = torch.arange(start, end, device=query.device)[:, None]
+    key_at = torch.arange(first, end, device=query.device)
     visible = key_at <= query_at
     if window is not None:
         visible &= key_at > query_at - window
-    return _attend(query, key, value, visible, scale)
+    return _attend(query, key, value, visible, spec)
 
 
-def _gather(kv: Tensor, layer: int, blocks: Tensor, first: int, end: int) -> tuple[Tensor, Tensor]:
+def widen_kv(kv: PagedKv, layer: int, blocks: Tensor) -> Tensor:
+    """fp8 keys and values of ``blocks [n]``, float32 ``[n, 2, block_size, kv_heads, head_dim]``."""
+    assert kv.scales is not None, "only fp8 is widened"
+    data = kv.data.view(torch.uint8)[:, layer].index_select(0, blocks).view(FP8)
+    scales = kv.scales[:, layer].index_select(0, blocks)
+    return data.float() * scales.transpose(2, 3)[..., None]
+
+
+def _read(kv: PagedKv, layer: int, blocks: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Keys and values of ``blocks [n]``, each ``[n, block_size, kv_heads, head_dim]`` of ``dtype``."""
+    if kv.scales is None:
+        return kv.data[:, layer, 0].index_select(0, blocks), kv.data[:, layer, 1].index_select(0, blocks)
+    key, value = widen_kv(kv, layer, blocks).to(dtype).unbind(1)
+    return key.contiguous(), value.contiguous()
+
+
+def _gather(kv: PagedKv, layer: int, blocks: Tensor, first: int, end: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Keys and values ``[kv_heads, end - first, head_dim]`` of positions first to end - 1; first is a block's start."""
-    block_size, kv_heads, head_dim = kv.shape[3:]
+    block_size, kv_heads, head_dim = kv.data.shape[3:]
     chosen = blocks[first // block_size : -(-end // block_size)]
     key, value = (
-        kv[:, layer, part].index_select(0, chosen).view(-1, kv_heads, head_dim)[: end - first].transpose(0, 1)
-        for part in (0, 1)
+        each.view(-1, kv_heads, head_dim)[: end - first].transpose(0, 1) for each in _read(kv, layer, chosen, dtype)
     )
     return key, value
 
 
-def _attend(query: Tensor, key: Tensor, value: Tensor, visible: Tensor | None, scale: float) -> Tensor:
+def _attend(query: Tensor, key: Tensor, value: Tensor, visible: Tensor | None, spec: AttentionSpec) -> Tensor:
     """Heads of one KV head share its keys by a stride of 0, so nothing is repeated. No mask means causal."""
     tokens, heads, head_dim = query.shape
     kv_heads, width, _ = key.shape
     grouped = query.view(tokens, kv_heads, heads // kv_heads, head_dim).permute(1, 2, 0, 3)
     shared = (kv_heads, heads // kv_heads, width, head_dim)
-    out = F.scaled_dot_product_attention(
-        grouped,
-        key[:, None].expand(shared),
-        value[:, None].expand(shared),
-        attn_mask=visible,
-        is_causal=visible is None,
-        scale=scale,
-    )
+    out = _softmax_sum(grouped, key[:, None].expand(shared), value[:, None].expand(shared), visible, spec)
     return out.permute(2, 0, 1, 3).reshape(tokens, heads, head_dim)
+
+
+def _softmax_sum(query: Tensor, key: Tensor, value: Tensor, visible: Tensor | None, spec: AttentionSpec) -> Tensor:
+    """``softmax(scores) @ value`` over the last two dimensions. ``visible`` is the mask; None means causal."""
+    if spec.soft_cap is None:
+        return F.scaled_dot_product_attention(
+            query, key, value, attn_mask=visible, is_causal=visible is None, scale=spec.scale
+        )
+    assert visible is not None, "torch's causal shortcut has no soft cap"
+    scores = spec.soft_cap * torch.tanh(query.float() @ key.float().transpose(-1, -2) * (spec.scale / spec.soft_cap))
+    weights = scores.masked_fill(~visible, -torch.inf).softmax(-1)
+    return (weights @ value.float()).to(query.dtype)

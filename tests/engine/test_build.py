@@ -64,7 +64,7 @@ def test_facts_card_and_phases(tmp_path: Path, caplog: pytest.LogCaptureFixture)
     names = {"config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}
     assert set(card.files) == names
     assert json.loads(card.files["generation_config.json"])["temperature"] == 0.6
-    assert not parts.kv.tensor.any(), "the warm-up left something in the KV memory"
+    assert not parts.kv.paged.data.any(), "the warm-up left something in the KV memory"
 
 
 def test_dtype(tmp_path: Path) -> None:

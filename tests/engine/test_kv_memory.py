@@ -25,17 +25,17 @@ def kv() -> Iterator[KvMemory]:
 
 
 def fill(kv: KvMemory) -> None:
-    kv.tensor.copy_(torch.randn(kv.tensor.shape))
+    kv.paged.data.copy_(torch.randn(kv.paged.data.shape))
 
 
 def test_a_block_is_one_contiguous_region(kv: KvMemory) -> None:
     fill(kv)
-    assert kv.tensor.shape == (5, 3, 2, 4, 2, 8)
+    assert kv.paged.data.shape == (5, 3, 2, 4, 2, 8)
     data = kv.read(3)
     assert len(data) == LAYOUT.block_bytes
-    assert bytes(data) == kv.tensor[3].contiguous().view(torch.uint8).numpy().tobytes()
+    assert bytes(data) == kv.paged.data[3].contiguous().view(torch.uint8).numpy().tobytes()
     for span in LAYOUT.spans():
-        part = kv.tensor[3, span.layer, ("key", "value").index(span.part)]
+        part = kv.paged.data[3, span.layer, ("key", "value").index(span.part)]
         assert (
             bytes(data[span.offset : span.offset + span.num_bytes])
             == part.contiguous().view(torch.uint8).numpy().tobytes()
@@ -44,7 +44,7 @@ def test_a_block_is_one_contiguous_region(kv: KvMemory) -> None:
 
 def test_read_is_a_view_that_cannot_write(kv: KvMemory) -> None:
     view = kv.read(0)
-    kv.tensor[0] = 1.0
+    kv.paged.data[0] = 1.0
     assert view[1] == 0x3F
     with pytest.raises(TypeError):
         view[0] = 1
@@ -52,10 +52,10 @@ def test_read_is_a_view_that_cannot_write(kv: KvMemory) -> None:
 
 def test_write_changes_one_block(kv: KvMemory) -> None:
     fill(kv)
-    before = kv.tensor.clone()
+    before = kv.paged.data.clone()
     kv.write(1, kv.read(4))
-    assert torch.equal(kv.tensor[1], before[4])
-    assert torch.equal(kv.tensor[[0, 2, 3, 4]], before[[0, 2, 3, 4]])
+    assert torch.equal(kv.paged.data[1], before[4])
+    assert torch.equal(kv.paged.data[[0, 2, 3, 4]], before[[0, 2, 3, 4]])
     for data in (b"", bytes(LAYOUT.block_bytes + 1)):
         with pytest.raises(AssertionError):
             kv.write(1, data)
@@ -66,14 +66,14 @@ def test_write_changes_one_block(kv: KvMemory) -> None:
 
 def test_copy_and_zero_tail(kv: KvMemory) -> None:
     fill(kv)
-    before = kv.tensor.clone()
+    before = kv.paged.data.clone()
     kv.copy(0, 2)
-    assert torch.equal(kv.tensor[2], before[0])
+    assert torch.equal(kv.paged.data[2], before[0])
     kv.zero_tail(2, 3)
-    assert torch.equal(kv.tensor[2, :, :, :3], before[0, :, :, :3])
-    assert not kv.tensor[2, :, :, 3:].any()
+    assert torch.equal(kv.paged.data[2, :, :, :3], before[0, :, :, :3])
+    assert not kv.paged.data[2, :, :, 3:].any()
     kv.zero_tail(0, 4)
-    assert torch.equal(kv.tensor[0], before[0])
+    assert torch.equal(kv.paged.data[0], before[0])
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="memfd is Linux's")

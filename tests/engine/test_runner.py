@@ -84,14 +84,14 @@ def test_copies_happen_before_the_step(parts: EngineParts) -> None:
     for row, token in zip(forked, (50, 60), strict=True):
         [[fresh]] = runner.run(StepBatch((Row([*PROMPT, token], 0, [5, 6], (greedy(),)),)))
         assert row == (Sampled(fresh.token),)
-    assert torch.equal(parts.kv.tensor[1, :, :, :2], parts.kv.tensor[2, :, :, :2])
-    assert not torch.equal(parts.kv.tensor[1, :, :, 2], parts.kv.tensor[2, :, :, 2])
+    assert torch.equal(parts.kv.paged.data[1, :, :, :2], parts.kv.paged.data[2, :, :, :2])
+    assert not torch.equal(parts.kv.paged.data[1, :, :, 2], parts.kv.paged.data[2, :, :, 2])
 
 
 def test_a_batch_of_copies_alone(parts: EngineParts) -> None:
-    parts.kv.tensor[3] = 1.5
+    parts.kv.paged.data[3] = 1.5
     assert parts.runner.run(StepBatch((), copies=((3, 4),))) == ()
-    assert bool((parts.kv.tensor[4] == 1.5).all())
+    assert bool((parts.kv.paged.data[4] == 1.5).all())
 
 
 def test_blocks_that_travelled_continue_the_same(parts: EngineParts, folder: Path) -> None:
@@ -115,7 +115,7 @@ def test_the_draw_depends_on_its_position(parts: EngineParts) -> None:
 
 
 def test_numbers_that_are_not_finite_are_an_error_not_a_token(parts: EngineParts) -> None:
-    parts.kv.tensor[0] = torch.nan
+    parts.kv.paged.data[0] = torch.nan
     with pytest.raises(LocalFault, match="not finite for 1 of 2"):
         parts.runner.run(StepBatch((Row([5], 3, [0], (greedy(),)), Row([5], 0, [1], (greedy(),)))))
 

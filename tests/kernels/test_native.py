@@ -14,7 +14,7 @@ import torch
 from kernels import noise, reference
 from kernels.cpu import library, native
 from kernels.dispatch import REFERENCE
-from kernels.types import ChunkSpan, Ragged
+from kernels.types import AttentionSpec, ChunkSpan, PagedKv, Ragged
 
 BFLOAT = torch.bfloat16
 
@@ -89,8 +89,8 @@ def test_attend(
     batch = make_batch(LENGTHS, 20, num_blocks)
     heads = kv_heads * group
     query = torch.randn(int(batch.query_starts[-1]), heads + kv_heads, head_dim).to(BFLOAT)[:, :heads]
-    found = kernels.attend(query, kv, 1, batch, window, head_dim**-0.5)
-    close(found, reference.attend(query.float(), kv.float(), 1, batch, window, head_dim**-0.5))
+    found = kernels.attend(query, PagedKv(kv), 1, batch, AttentionSpec(head_dim**-0.5, window))
+    close(found, reference.attend(query.float(), PagedKv(kv.float()), 1, batch, AttentionSpec(head_dim**-0.5, window)))
     for row, (before, tokens) in enumerate(LENGTHS):
         token = tokens // 2
         alone = Ragged(
@@ -102,7 +102,7 @@ def test_attend(
             chunks=(),
         )
         place = int(batch.query_starts[row]) + token
-        again = kernels.attend(query[place : place + 1], kv, 1, alone, window, head_dim**-0.5)
+        again = kernels.attend(query[place : place + 1], PagedKv(kv), 1, alone, AttentionSpec(head_dim**-0.5, window))
         assert torch.equal(again[0], found[place]), "a token's result depends on its batch or chunk"
 
 
@@ -111,11 +111,11 @@ def test_attend_reads_no_value_beyond_the_sequence(kernels: native.NativeKernels
     batch = make_batch([(4, 1), (0, 37)], 3, 8)
     batch.block_table[:] = torch.tensor([[0, 0, 0], [1, 2, 3]])
     query = torch.randn(38, 4, 64).to(BFLOAT)
-    expected = kernels.attend(query, kv, 0, batch, None, 0.125)
+    expected = kernels.attend(query, PagedKv(kv), 0, batch, AttentionSpec(0.125))
     kv[0, :, :, 5:] = torch.nan
     kv[3, :, :, 5:] = torch.nan
     kv[4:] = torch.nan
-    assert torch.equal(kernels.attend(query, kv, 0, batch, None, 0.125), expected)
+    assert torch.equal(kernels.attend(query, PagedKv(kv), 0, batch, AttentionSpec(0.125)), expected)
 
 
 @pytest.mark.parametrize("tokens", [1, 3, 300])
@@ -156,8 +156,8 @@ def test_shapes_that_tiles_do_not_take_go_to_the_reference(kernels: native.Nativ
     assert torch.equal(kernels.gate(x[:, 0], "gelu"), reference.gate(x[:, 0], "gelu"))
     kv, batch = torch.randn(8, 1, 2, 8, 2, 64).to(BFLOAT), make_batch([(4, 1), (0, 9)], 2, 8)
     query = torch.randn(10, 4, 64).to(BFLOAT)
-    expected = reference.attend(query, kv, 0, batch, None, 0.125)
-    assert torch.equal(kernels.attend(query, kv, 0, batch, None, 0.125), expected)
+    expected = reference.attend(query, PagedKv(kv), 0, batch, AttentionSpec(0.125))
+    assert torch.equal(kernels.attend(query, PagedKv(kv), 0, batch, AttentionSpec(0.125)), expected)
 
 
 def test_threads_change_nothing(kernels: native.NativeKernels) -> None:
@@ -169,7 +169,7 @@ def test_threads_change_nothing(kernels: native.NativeKernels) -> None:
     try:
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
-            results.append((linear(x), kernels.attend(query, kv, 0, batch, None, 0.125)))
+            results.append((linear(x), kernels.attend(query, PagedKv(kv), 0, batch, AttentionSpec(0.125))))
     finally:
         torch.set_num_threads(before)
     for product, attended in results[1:]:

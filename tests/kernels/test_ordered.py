@@ -13,7 +13,7 @@ import torch
 from kernels import noise, reference
 from kernels.cpu import library, ordered
 from kernels.dispatch import choose_batch_invariant
-from kernels.types import ChunkSpan, Kernels, KernelsUnavailable, Ragged
+from kernels.types import AttentionSpec, ChunkSpan, Kernels, KernelsUnavailable, PagedKv, Ragged
 
 CPU = torch.device("cpu")
 DTYPES = [torch.float32, torch.bfloat16]
@@ -119,27 +119,27 @@ def test_attend(
     tables = torch.stack([torch.randperm(num_blocks) for _ in LENGTHS])
     batch, heads = make_batch(LENGTHS, tables), kv_heads * group
     query = torch.randn(int(batch.query_starts[-1]), heads + kv_heads, head_dim).to(dtype)[:, :heads]
-    found = kernels.attend(query, kv, 1, batch, window, 0.2)
-    close(found, reference.attend(query.float(), kv.float(), 1, batch, window, 0.2), dtype)
+    found = kernels.attend(query, PagedKv(kv), 1, batch, AttentionSpec(0.2, window))
+    close(found, reference.attend(query.float(), PagedKv(kv.float()), 1, batch, AttentionSpec(0.2, window)), dtype)
     for row, (before, tokens) in enumerate(LENGTHS):
         for first, count in {(0, 1), (tokens // 2, 1), (tokens - 1, 1), (tokens // 3, tokens - tokens // 3)}:
             alone = make_batch([(before + first, count)], tables[row : row + 1])
             place = int(batch.query_starts[row]) + first
-            again = kernels.attend(query[place : place + count], kv, 1, alone, window, 0.2)
+            again = kernels.attend(query[place : place + count], PagedKv(kv), 1, alone, AttentionSpec(0.2, window))
             assert torch.equal(again, found[place : place + count]), "a token's result depends on its batch or chunk"
     torch.set_num_threads(3)
-    assert torch.equal(kernels.attend(query, kv, 1, batch, window, 0.2), found)
+    assert torch.equal(kernels.attend(query, PagedKv(kv), 1, batch, AttentionSpec(0.2, window)), found)
 
 
 def test_attend_reads_nothing_beyond_the_sequence(kernels: Kernels) -> None:
     kv = torch.randn(8, 1, 2, 16, 2, 64)
     batch = make_batch([(4, 1), (0, 37)], torch.tensor([[0, 0, 0], [1, 2, 3]]))
     query = torch.randn(38, 4, 64)
-    expected = kernels.attend(query, kv, 0, batch, None, 0.125)
+    expected = kernels.attend(query, PagedKv(kv), 0, batch, AttentionSpec(0.125))
     kv[0, :, :, 5:] = torch.nan
     kv[3, :, :, 5:] = torch.nan
     kv[4:] = torch.nan
-    assert torch.equal(kernels.attend(query, kv, 0, batch, None, 0.125), expected)
+    assert torch.equal(kernels.attend(query, PagedKv(kv), 0, batch, AttentionSpec(0.125)), expected)
 
 
 def test_noise_of_a_row_is_its_own(kernels: Kernels) -> None:

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from kernels import reference
+from kernels.types import AttentionSpec, PagedKv
 
 BLOCK, KV_HEADS, HEADS, DIM, LAYERS = 4, 2, 6, 8, 3
 LAYER = 1
@@ -39,7 +40,9 @@ def test_decode(window: int | None) -> None:
     tables = [[9], [3], [1, 2], [4, 31, 5, 6, 20, 7], [10, 8, 12]]
     padded = torch.tensor([table + [table[0]] * (6 - len(table)) for table in tables])
     query = torch.randn(5, HEADS, DIM)
-    out = reference.attend_decode(query, kv, LAYER, padded, torch.tensor(lengths), window, DIM**-0.5)
+    out = reference.attend_decode(
+        query, PagedKv(kv), LAYER, padded, torch.tensor(lengths), AttentionSpec(DIM**-0.5, window)
+    )
     for row, (table, length) in enumerate(zip(tables, lengths, strict=True)):
         expected = slow_attention(query[row], kv, table, length - 1, window)
         torch.testing.assert_close(out[row].double(), expected, rtol=1e-5, atol=1e-6)
@@ -51,7 +54,9 @@ def test_chunk(start: int, tokens: int, window: int | None) -> None:
     kv = make_kv()
     blocks = [4, 31, 5, 6, 20, 7][: -(-(start + tokens) // BLOCK)]
     query = torch.randn(tokens, HEADS, DIM)
-    out = reference.attend_chunk(query, kv, LAYER, torch.tensor(blocks), start, window, DIM**-0.5)
+    out = reference.attend_chunk(
+        query, PagedKv(kv), LAYER, torch.tensor(blocks), start, AttentionSpec(DIM**-0.5, window)
+    )
     for row in range(tokens):
         expected = slow_attention(query[row], kv, blocks, start + row, window)
         torch.testing.assert_close(out[row].double(), expected, rtol=1e-5, atol=1e-6)
@@ -61,7 +66,7 @@ def test_chunk(start: int, tokens: int, window: int | None) -> None:
 def test_a_long_chunk_is_cut_without_a_seam(window: int | None) -> None:
     kv, blocks = make_kv(400), torch.randperm(400)
     query = torch.randn(1300, HEADS, DIM)
-    out = reference.attend_chunk(query, kv, LAYER, blocks, 100, window, DIM**-0.5)
+    out = reference.attend_chunk(query, PagedKv(kv), LAYER, blocks, 100, AttentionSpec(DIM**-0.5, window))
     for row in (0, 511, 512, 1299):
         expected = slow_attention(query[row], kv, blocks.tolist(), 100 + row, window)
         torch.testing.assert_close(out[row].double(), expected, rtol=1e-5, atol=1e-6)
@@ -72,7 +77,7 @@ def test_write_kv_touches_only_its_slots() -> None:
     before = kv.clone()
     blocks, offsets = torch.tensor([3, 3, 17]), torch.tensor([0, 3, 1])
     new = torch.randn(3, 2, KV_HEADS, DIM)
-    reference.write_kv(kv, LAYER, blocks, offsets, new)
+    reference.write_kv(PagedKv(kv), LAYER, blocks, offsets, new)
     for index, (block, offset) in enumerate(zip(blocks.tolist(), offsets.tolist(), strict=True)):
         assert torch.equal(kv[block, LAYER, :, offset], new[index])
         kv[block, LAYER, :, offset] = before[block, LAYER, :, offset]

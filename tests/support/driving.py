@@ -15,7 +15,7 @@ from engine.model import Decoder
 from engine.step_inputs import flatten
 from engine.weights import SafetensorsSource
 from kernels.dispatch import REFERENCE
-from kernels.types import Kernels
+from kernels.types import Kernels, PagedKv
 from proto.request import SamplingParams
 
 CPU = torch.device("cpu")
@@ -52,7 +52,7 @@ class Driver:
     def forward(self, rows: Sequence[Row]) -> list[torch.Tensor]:
         """Last-token logits of each row."""
         flattened = flatten(StepBatch(tuple(rows)), self.block_size, CPU)
-        logits = self.model.forward(flattened.inputs, self.kv)
+        logits = self.model.forward(flattened.inputs, PagedKv(self.kv))
         return [logits[index] for index in flattened.logit_row if index is not None]
 
     def generate(
