@@ -1,6 +1,13 @@
-"""For all tests: hypothesis draws as much as it is told, however slow the machine is at the moment."""
+"""For all tests: hypothesis draws as much as it is told, however slow the machine is at the moment, and without a GPU
+Triton's kernels are interpreted (the variable is read when they are defined)."""
+
+import os
+from pathlib import Path
 
 from hypothesis import settings
 
 settings.register_profile("unhurried", deadline=None)
 settings.load_profile("unhurried")
+
+if not Path("/dev/nvidia0").exists():
+    os.environ["TRITON_INTERPRET"] = "1"

@@ -100,7 +100,7 @@ def attend_chunk(query: Tensor, kv: PagedKv, layer: int, blocks: Tensor, start: 
         key, value = _gather(kv, layer, blocks, 0, end, query.dtype)
         return _attend(query, key, value, None, spec)
     if tokens > _CHUNK_QUERIES:
-        parts = zip(query.split(_CHUNK_QUERIES), range(start, end, _CHUNK_QUERIES), strict=True)
+        parts = [(query[p : p + _CHUNK_QUERIES], start + p) for p in range(0, tokens, _CHUNK_QUERIES)]
         return torch.cat([attend_chunk(part, kv, layer, blocks, first, spec) for part, first in parts])
     first = 0 if window is None else max(0, start - window + 1) // block_size * block_size
     key, value = _gather(kv, layer, blocks, first, end, query.dtype)
