@@ -23,16 +23,18 @@ from bench.chaos.report import Report
 from bench.chaos.run import run
 from bench.chaos.settings import ChaosSettings
 from kvtransfer.ledger.redis import RedisLedger
+from kvtransfer.transports import AUTO, GRPC
 from proto.errors import SettingsError, Unavailable
 from proto.settings import LedgerSettings
 from service import logs
 from service.process import run_service
+from tandem.chaos_network import Network
 from tandem.local import ROUTER, LocalStack, Ready, StackSettings, print_line
 from tandem.machine import Machine, this_machine
 from tandem.options import SERVE, Resolved, build_parser, resolve
 from tandem.parser import Parser
 from tandem.sample_model import NOTICE, with_some_model
-from tandem.supervisor import Say
+from tandem.supervisor import ChildSpec, Say
 
 REDIS = "redis"
 _RESTART_DELAY_S = 0.2
@@ -42,10 +44,12 @@ _TIERS = ("prefill", "decode")
 
 
 class StackInReach:
-    """A ``bench.chaos.faults.Stack`` whose processes are our children. Its Redis is the stack's private one."""
+    """A ``bench.chaos.faults.Stack`` whose processes are our children, reached through ``network``. Its Redis is the
+    stack's private one."""
 
-    def __init__(self, stack: LocalStack) -> None:
+    def __init__(self, stack: LocalStack, network: Network) -> None:
         self._stack = stack
+        self.network = network
         self._children = {child.spec.name: child for child in stack.supervisor.children}
 
     @property
@@ -139,12 +143,22 @@ class Chaos:
         self._settings = chaos
         self._note = note
         self._ready = asyncio.Event()
+        local = settings.local
+        tiers = {"prefill": local.prefill, "decode": local.decode}
+        self._network = Network([f"{tier}-{n}" for tier, num in tiers.items() for n in range(num)], self._tier_of)
+        self._has_both = settings.worker.transports == (AUTO,)
         self._stack = LocalStack(
-            settings, machine, say=say, on_ready=self._became_ready, delay_s=lambda num_deaths: _RESTART_DELAY_S
+            settings,
+            machine,
+            say=say,
+            on_ready=self._became_ready,
+            delay_s=lambda num_deaths: _RESTART_DELAY_S,
+            wire=self._wire,
         )
         self.report: Report | None = None
 
     async def start(self) -> None:
+        await self._network.start()
         await self._stack.start()
 
     async def run(self) -> None:
@@ -162,10 +176,24 @@ class Chaos:
 
     async def stop(self) -> None:
         await self._stack.stop()
+        await self._network.stop()
 
     async def _harm(self) -> Report:
         await self._ready.wait()
-        return await run(self._settings, StackInReach(self._stack), self._note)
+        return await run(self._settings, StackInReach(self._stack, self._network), self._note)
+
+    def _wire(self, spec: ChildSpec) -> ChildSpec:
+        """Bits can be flipped only where payloads pass the network: so where all transports are allowed, every other
+        prefill worker has gRPC alone, and the rest the best way."""
+        spec = self._network.wired(spec)
+        tier, _, number = spec.name.partition("-")
+        if not self._has_both or tier != "prefill" or int(number) % 2:
+            return spec
+        return replace(spec, environ={**spec.environ, "TANDEM_TRANSPORTS": GRPC})
+
+    def _tier_of(self, pid: int) -> str:
+        pids = {child.pid: child.spec.name for child in self._stack.supervisor.children}
+        return pids.get(pid, "unknown").partition("-")[0]
 
     def _became_ready(self, ready: Ready) -> None:
         self._ready.set()
@@ -224,8 +252,10 @@ def chaos_settings(given: argparse.Namespace) -> ChaosSettings:
 
 def _parser() -> Parser:
     about = (
-        "Runs all tiers on this machine, harms them by a seeded schedule under a mixed load, and compares every answer "
-        "with the one given in peace. Exits with 1 where one was wrong or lost, or something is left behind."
+        "Runs all tiers on this machine, harms them and the network between them by a seeded schedule under a mixed "
+        "load, and compares every answer with the one given in peace. Exits with 1 where one was wrong or lost, or "
+        "something is left behind. With --transports auto, every other prefill worker hands over by gRPC alone, where "
+        "bits can be flipped, and the others by shared memory."
     )
     defaults = ChaosSettings()
     parser = build_parser(SERVE, "tandem bench chaos", about)

@@ -93,7 +93,10 @@ class Ready:
 
 
 class LocalStack:
-    """A ``service.process.Service``. ``say`` shows the children's lines; ``on_ready`` is called once, by ``run``."""
+    """A ``service.process.Service``. ``say`` shows the children's lines; ``on_ready`` is called once, by ``run``.
+
+    ``wire`` may change what a child is told, so that something stands between it and the others.
+    """
 
     def __init__(
         self,
@@ -103,6 +106,7 @@ class LocalStack:
         say: Say,
         on_ready: Callable[[Ready], None],
         delay_s: Callable[[int], float] = restart_delay_s,
+        wire: Callable[[ChildSpec], ChildSpec] = lambda spec: spec,
     ) -> None:
         router = settings.router
         self._settings = replace(settings, router=replace(router, port=router.port or _free_port(router.host)))
@@ -110,6 +114,7 @@ class LocalStack:
         self._say = say
         self._on_ready = on_ready
         self._delay_s = delay_s
+        self._wire = wire
         self._redis = LocalRedis() if settings.ledger.redis is None else None
         self._redis_keeper: asyncio.Task[None] | None = None
         self._stopping = asyncio.Event()
@@ -148,7 +153,8 @@ class LocalStack:
             self._redis_keeper = asyncio.create_task(self._keep_redis(self._redis), name="redis")
             ledger = replace(ledger, redis=self._redis.url)
         self._settings = replace(self._settings, ledger=ledger)
-        groups = child_groups(self._settings, self._machine, is_private=self._redis is not None)
+        wanted = child_groups(self._settings, self._machine, is_private=self._redis is not None)
+        groups = [[self._wire(spec) for spec in group] for group in wanted]
         self._supervisor = Supervisor(groups, self._say, self._delay_s)
         self._supervising = asyncio.create_task(self._supervisor.run(self._stopping), name="supervisor")
 

@@ -1,5 +1,6 @@
-"""``tandem bench chaos``: a mixed load on a stack whose processes die, stop and restart, each answer judged.
+"""``tandem bench chaos``: a mixed load on a stack whose processes die and stop, and whose network fails; each answer
+judged.
 
-Knows requests, answers, the schedule of faults and their sums. What a stack is, and how it is harmed, is behind
-``bench.chaos.faults.Stack``.
+Knows requests, answers, the schedule of faults and their sums, and how to spoil a TCP connection. What a stack is, and
+how it is harmed, is behind ``bench.chaos.faults.Stack``.
 """

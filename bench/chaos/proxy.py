@@ -71,6 +71,11 @@ class Proxy:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
+    @property
+    def num_flipped(self) -> int:
+        """Bits flipped since the last ``clear``, whoever sent them."""
+        return sum(weather.num_flipped for weather in self._weather.values())
+
     def weather(self, kind: str) -> Weather:
         return self._weather.setdefault(kind, Weather())
 
@@ -113,8 +118,8 @@ class Proxy:
                 for pump in pumps:
                     pump.cancel()
                 await asyncio.gather(*pumps, return_exceptions=True)
-        except OSError:
-            return
+        except (OSError, asyncio.CancelledError):
+            return  # cancelled by stop() alone; asyncio's streams take a handler that ends so for a fault
         finally:
             self._tasks.discard(task)
             for each in (writer, upstream):

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from bench.chaos.answers import Answer, Verdict
+from bench.chaos.faults import FaultKind
 from bench.chaos.settings import ChaosSettings
 from bench.chaos.storm import Done
 from bench.figures import percentile
@@ -37,6 +38,8 @@ class Report:
     calm: tuple[Answer, ...]
     answers: tuple[Answer, ...]
     faults: tuple[Done, ...]
+    num_flipped: int
+    """Bits that were really flipped."""
     findings: tuple[Finding, ...]
     left: Mapping[str, int]
     """What the stack still held at the end, by place."""
@@ -50,12 +53,12 @@ class Report:
         return not self.findings and not self.left
 
     def text(self) -> str:
-        kinds = Counter(done.fault.kind.value for done in self.faults)
-        shown = ", ".join(f"{kind} {count}" for kind, count in sorted(kinds.items()))
         lines = [
             f"seed              {self.settings.seed}",
             f"requests          {len(self.answers):,} ({self._mix()})",
-            f"faults            {len(self.faults):,}" + (f" ({shown})" if shown else ""),
+            f"faults            {len(self.faults):,}",
+            *self._by_kind(),
+            f"bits flipped      {self.num_flipped:,}",
             f"wrong answers     {self.count(Verdict.WRONG)}",
             f"lost answers      {self.count(Verdict.LOST)}",
             f"left behind       {self._left()}",
@@ -68,6 +71,16 @@ class Report:
             ),
         ]
         return "\n".join(lines)
+
+    def _by_kind(self) -> list[str]:
+        """A line for each verb: where, how often."""
+        kinds = Counter(done.fault.kind for done in self.faults)
+        return [
+            f"  {verb:<15} "
+            + ", ".join(f"{kind.place} {kinds[kind]}" for kind in FaultKind if kind.verb == verb and kinds[kind])
+            for verb in dict.fromkeys(kind.verb for kind in FaultKind)
+            if any(kind.verb == verb for kind in kinds)
+        ]
 
     def _mix(self) -> str:
         counts = Counter(answer.ask.question.kind for answer in self.answers)

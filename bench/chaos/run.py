@@ -73,6 +73,7 @@ async def _through_the_storm(
         calm=tuple(references.values()),
         answers=tuple(answers),
         faults=tuple(storm.done),
+        num_flipped=stack.network.num_flipped,
         findings=tuple(findings),
         left=left,
         settled_s=settled_s,

@@ -121,12 +121,39 @@ def test_a_stream_that_does_not_end_well_is_lost(events: list[object], error: st
 # The storm.
 
 
+class FakeNetwork:
+    """Notes what is done to it."""
+
+    def __init__(self, done: list[str]) -> None:
+        self._done = done
+        self.num_flipped = 0
+        self.is_mended = asyncio.Event()
+
+    def cut(self, client: str, name: str) -> None:
+        self._done.append(f"cut {client} {name}")
+
+    def silence(self, client: str, name: str) -> None:
+        self._done.append(f"silence {client} {name}")
+
+    def slow(self, client: str, name: str) -> None:
+        self._done.append(f"slow {client} {name}")
+
+    def mend(self, client: str, name: str) -> None:
+        self._done.append(f"mend {client} {name}")
+        self.is_mended.set()
+
+    def flip(self, client: str, name: str, num_flips: int) -> None:
+        self._done.append(f"flip {client} {name} {num_flips}")
+        self.num_flipped += num_flips
+
+
 class FakeStack:
     """Notes what is done to it. Two workers of each tier."""
 
     def __init__(self, url: str = "") -> None:
         self.base_url = url
         self.done: list[str] = []
+        self.network = FakeNetwork(self.done)
         self.whole = asyncio.Event()
         self.whole.set()
         self.left: dict[str, int] = {}
@@ -159,7 +186,7 @@ class FakeStack:
 
 
 def fault(kind: FaultKind, number: int = 0, for_s: float = 0.0) -> Fault:
-    return Fault(0.0, kind, number, for_s)
+    return Fault(0.0, kind, number, for_s, num_flips=3)
 
 
 async def test_faults_do_what_they_say() -> None:
@@ -178,6 +205,49 @@ async def test_what_is_stopped_is_not_harmed_again_and_goes_on_in_the_end() -> N
     await storm.calm()
     await storm.calm()
     assert stack.done == ["stop prefill-0", "kill prefill-1", "go on prefill-0"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "begun", "ended"),
+    [
+        (FaultKind.CUT_ROUTER_PREFILL, "cut router prefill-1", "mend router prefill-1"),
+        (FaultKind.SILENCE_PREFILL_DECODE, "silence prefill decode-1", "mend prefill decode-1"),
+        (FaultKind.SLOW_ROUTER_DECODE, "slow router decode-1", "mend router decode-1"),
+    ],
+)
+async def test_the_network_is_mended_when_its_time_is_over(kind: FaultKind, begun: str, ended: str) -> None:
+    stack = FakeStack()
+    await Storm(stack, lambda text: None).run([fault(kind, 1)])
+    assert stack.done == [begun]
+    await stack.network.is_mended.wait()
+    assert stack.done == [begun, ended]
+
+
+async def test_a_storm_that_calms_mends_all_and_flips_no_more() -> None:
+    stack, notes = FakeStack(), []
+    storm = Storm(stack, notes.append)
+    await storm.run([fault(FaultKind.FLIP, 1), fault(FaultKind.CUT_ROUTER_DECODE, 0, 600.0)])
+    await storm.calm()
+    assert stack.done == [
+        "flip prefill decode-1 3",
+        "cut router decode-0",
+        "mend router decode-0",
+        "flip prefill decode-1 0",
+    ]
+    assert notes == ["flip prefill-decode-1 × 3", "cut router-decode-0 for 600.0 s"]
+
+
+@pytest.mark.parametrize("kind", [FaultKind.SILENCE_ROUTER_DECODE, FaultKind.CUT_PREFILL_DECODE])
+async def test_a_decode_worker_that_cannot_be_reached_is_harmed_until_it_can(kind: FaultKind) -> None:
+    """Whatever the router believes: it has not noticed, or does not use that way itself."""
+    stack = FakeStack()
+    faults = [fault(kind, 0, 0.3), fault(FaultKind.FLIP, 1), fault(FaultKind.KILL_DECODE, 1)]
+    await Storm(stack, lambda text: None).run(faults)
+    begun, flipped, ended, killed = stack.done
+    assert begun.split()[-1] == "decode-0"
+    assert flipped == "flip prefill decode-1 3"
+    assert ended.startswith("mend")
+    assert killed == "kill decode-1"
 
 
 async def test_one_decode_worker_is_always_left() -> None:
@@ -244,8 +314,10 @@ async def _list_models(request: web.Request) -> web.Response:
 
 
 async def test_a_run_that_finds_nothing() -> None:
-    report = await run_against(FakeStack())
+    stack = FakeStack()
+    report = await run_against(stack)
     assert report.is_clean
+    assert report.num_flipped == stack.network.num_flipped
     assert len(report.calm) == 6
     assert report.answers
     assert report.faults
@@ -282,9 +354,11 @@ def test_figures_are_of_complete_streams() -> None:
     good, cut = answer(said(1, 2), token_s=(10.1, 10.3)), answer(error="cut", token_s=(10.5,))
     done = Done(fault(FaultKind.KILL_DECODE), "decode-0", 10.2)
     finding = Finding(cut, Verdict.LOST, "cut", (done.describe(),))
-    text = Report(SETTINGS, (good,), (good, cut), (done,), (finding,), {}, 0.0).text()
+    flip = Done(fault(FaultKind.FLIP), "decode-1", 10.3)
+    text = Report(SETTINGS, (good,), (good, cut), (done, flip, flip), 5, (finding,), {}, 0.0).text()
     assert "TTFT                    100.0      100.0       100.0      100.0" in text
     assert "ITL                     200.0      200.0       200.0      200.0" in text
     assert "lost answers      1" in text
-    assert "kill decode 1" in text
+    assert "faults            3\n  kill            decode 1\n  flip            prefill-decode 2\n" in text
+    assert "bits flipped      5" in text
     assert "kill decode-0" in finding.describe(3)
