@@ -73,6 +73,7 @@ class SendSession:
         self._bytes_before = 0
         self._granted_at = clock()
         self._has_started = False
+        self._fault: BaseException | None = None
 
     @property
     def state(self) -> SendState:
@@ -128,7 +129,11 @@ class SendSession:
         self._changed()
 
     async def run(self) -> None:
-        """Returns once the blocks are released. Cancelled, it releases them first."""
+        """Returns once the blocks are released. Cancelled, it releases them first.
+
+        An error of ours on the way to one decode worker would meet the next one as well: it ends the session, and is
+        raised once the blocks are released.
+        """
         await to_the_end(self._steer(), lambda: self.withdraw("cancelled"))
 
     # Steering.
@@ -141,6 +146,8 @@ class SendSession:
                     self._sender.offer(self._clock())
                 self._open_line()
             while not self._sender.is_released:
+                if self._fault is not None:
+                    raise self._fault
                 self._sender.tick(self._clock())
                 self._stir()
                 await self._tell()
@@ -150,6 +157,8 @@ class SendSession:
             self._sender.withdraw("the session has failed")
             await self._tell()
             await self._hang_up()
+        if self._fault is not None:  # met while the last words were said
+            raise self._fault
 
     async def _tell(self) -> None:
         """Passes on what has happened."""
@@ -194,11 +203,10 @@ class SendSession:
 
     def _line_ended(self, task: asyncio.Task[None]) -> None:
         line = self._lines.pop(task)
-        if not task.cancelled() and (fault := task.exception()) is not None:
-            asyncio.get_running_loop().call_exception_handler(
-                {"message": "a hand-off's link failed by an error of ours", "exception": fault, "task": task}
-            )
-        self._sender.lost(line.outbox.fence)
+        fault = None if task.cancelled() else task.exception()
+        if fault is None:
+            self._sender.lost(line.outbox.fence)
+        self._fault = self._fault or fault
         self._changed()
 
     async def _run_line(self, line: _Line) -> None:

@@ -18,6 +18,7 @@ from typing import Literal
 from engine.output import Filled
 from kvtransfer.fences import FenceTable
 from kvtransfer.intake import PEER_LOST
+from kvtransfer.send_session import SendSession
 from prefill.handoff import Dispatcher
 from prefill.job import Job
 from proto.control import Abort, FromRouter, Prefill, Redirect, RejectReason, Renew
@@ -169,7 +170,15 @@ class PrefillTier:
             return
         self._progress(job, Stage.PREFILLING)
         job.session = self._dispatcher.session(job, _JobEvents(self, job))
-        self._tasks.spawn(job.session.run())
+        self._tasks.spawn(self._hand_over(job, job.session))
+
+    async def _hand_over(self, job: Job, session: SendSession) -> None:
+        try:
+            await session.run()
+        except Exception:
+            text = "the hand-off failed by an error of the prefill worker"
+            self._news.reject(job.request.id, job.generation, RejectReason.UNKNOWN, text)
+            raise
 
     def stepped(self, news: StepNews) -> None:
         output = news.output

@@ -3,7 +3,8 @@
     start ──▶ run ──────────▶ stop ──▶ exit code
       │        │   SIGTERM,    │
       │        │   SIGINT, or  ├── longer than the drain timeout: given up, 1
-      │        │   run ends    └── a second signal: the process is killed by it, at once
+      │        │   run ends    ├── a second signal: the process is killed by it, at once
+      │        │               └── stuck, in stopping or in closing what is left: killed by SIGALRM
       │        └── run raises: logged, stopped, 1 (SetupError: one line, 2)
       └── SetupError: one line on stderr, 2;  another error: its traceback, 1
 
@@ -18,7 +19,9 @@ import logging
 import os
 import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Protocol
 
@@ -33,6 +36,9 @@ EXIT_FAILED = 1
 EXIT_SETUP = 2
 _PR_SET_PDEATHSIG = 1
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
+_NUM_THREADS = min(32, (os.cpu_count() or 1) + 4)
+_STUCK_S = 5.0
+"""How much longer than its time stopping may take, and how long closing what is left."""
 
 
 class Service(Protocol):
@@ -58,6 +64,7 @@ def run_service(service: Service, *, drain_timeout: float, parent_pid: int | Non
         return EXIT_FAILED
     try:
         with asyncio.Runner(loop_factory=_loop_factory()) as runner:
+            runner.get_loop().set_default_executor(_threads())
             return runner.run(_run(service, drain_timeout))
     except SetupError as error:
         print(f"error: {error.message}", file=sys.stderr)  # noqa: T201 - for whoever typed the command
@@ -65,6 +72,23 @@ def run_service(service: Service, *, drain_timeout: float, parent_pid: int | Non
     except Exception:
         log.exception("could not start")
         return EXIT_FAILED
+    finally:
+        _end_within(0)
+
+
+def _end_within(seconds: float) -> None:
+    """After so long the system ends this process by SIGALRM, even if its event loop is stuck. 0: it does not."""
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+
+
+def _threads() -> ThreadPoolExecutor:
+    """The event loop's threads, all of them started. Starting one when memory is short may wait for ever, and the event
+    loop with it; or it fails, and what it was started for is done later, by another thread, when nobody expects it."""
+    threads = ThreadPoolExecutor(_NUM_THREADS, thread_name_prefix="loop")
+    all_there = threading.Barrier(_NUM_THREADS)
+    for _ in range(_NUM_THREADS):
+        threads.submit(all_there.wait)
+    return threads
 
 
 async def _run(service: Service, drain_timeout: float) -> int:
@@ -109,6 +133,7 @@ async def _until(signalled: asyncio.Event, work: Callable[[], object]) -> bool:
 
 
 async def _stop(service: Service, drain_timeout: float) -> bool:
+    _end_within(drain_timeout + _STUCK_S)
     try:
         async with asyncio.timeout(drain_timeout):
             await service.stop()
@@ -118,6 +143,8 @@ async def _stop(service: Service, drain_timeout: float) -> bool:
     except Exception:
         log.exception("could not stop in order")
         return False
+    finally:
+        _end_within(_STUCK_S)
     return True
 
 

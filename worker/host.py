@@ -118,7 +118,7 @@ class EngineHost:
         """Ends the thread and gives the memory back; a step that does not end keeps the memory it writes into."""
         has_ended = True
         if self._loop is not None:
-            has_ended = await asyncio.to_thread(self._loop.stop, _STOP_TIMEOUT_S)
+            has_ended = self._loop.stop(0) or await asyncio.to_thread(self._loop.stop, _STOP_TIMEOUT_S)
             self._loop = None
         if self._parts is not None and has_ended:
             self._parts.kv.close()

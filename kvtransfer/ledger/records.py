@@ -25,6 +25,9 @@ DEVICE = "device"
 
 _T = TypeVar("_T")
 
+_USUAL_BYTES = 1024
+"""A record is packed into a buffer of this size, which grows. By itself msgpack takes a megabyte for each."""
+
 
 class LedgerAway(Exception):
     """Redis did not answer, or not as Redis should. Nothing is known about whether the last write was applied."""
@@ -298,7 +301,7 @@ def _entry_text(entry: Mapping[bytes, bytes], name: bytes) -> str:
 
 
 def _packed(fields: dict[str, object]) -> bytes:
-    packed = msgpack.packb(fields)
+    packed = msgpack.packb(fields, buf_size=_USUAL_BYTES)
     assert isinstance(packed, bytes)
     return packed
 

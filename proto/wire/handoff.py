@@ -54,6 +54,8 @@ _CONTROL = 0
 _FRAME = 1
 _PREFIX = struct.Struct(">BH")
 _HEADER_ITEMS = 9
+_HEADER_BYTES = 512
+"""At first; the buffer grows. By itself msgpack takes a megabyte for each message."""
 _REFUSES = EnumCodec(RefuseReason, pb.RefuseReason, "REFUSE_REASON")
 
 
@@ -106,7 +108,8 @@ def _encode_frame(frame: Frame) -> bytes:
             frame.checksum,
             frame.payload.offset if isinstance(frame.payload, Located) else None,
             None if located else len(payload),
-        ]
+        ],
+        buf_size=_HEADER_BYTES,
     )
     if len(header) > 0xFFFF or len(payload) + len(header) + _PREFIX.size > MAX_MESSAGE_BYTES:
         raise LocalProtocolError(f"a block of {len(payload):,} bytes is over the limit of {MAX_MESSAGE_BYTES:,}")

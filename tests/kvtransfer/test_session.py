@@ -214,6 +214,29 @@ async def test_a_lost_decode_worker_leaves_the_blocks_held(network: MemoryNetwor
     assert decode.tier.holds(offer)
 
 
+async def test_an_error_of_ours_ends_the_session_instead_of_blaming_decode_workers() -> None:
+    def no_memory(message: HandoffMessage) -> list[HandoffMessage]:
+        if isinstance(message, Frame):
+            raise MemoryError
+        return [message]
+
+    ours, theirs = pair(forth=no_memory)
+
+    async def connect(peer: Peer) -> Link:
+        return ours
+
+    ear, store, offer = Ear(), Store(8), make_offer(2)
+    session = SendSession(offer, store, connect, Peer(WorkerId("d"), Epoch("d"), "d"), ear)
+    compute(session, offer, store)
+    running = asyncio.create_task(session.run())
+    assert isinstance(await theirs.receive(), Offer)
+    await theirs.send(Grant(offer.fence, 0, "memory"))
+    with pytest.raises(MemoryError):
+        await running
+    assert ear.told == ["granted", "released"]
+    assert not session.redirect(Generation(2), Peer(WorkerId("other"), Epoch("other"), "other"))
+
+
 async def test_an_incarnation_that_is_not_meant_counts_as_lost(network: MemoryNetwork) -> None:
     decode, ear, store = Decode(network), Ear(), Store(8)
     offer = make_offer(2, fence=make_fence(decode="the one before"))

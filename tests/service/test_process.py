@@ -106,6 +106,27 @@ async def test_draining_is_limited_in_time() -> None:
     assert "gave up stopping" in errors
 
 
+async def test_a_stop_that_blocks_the_event_loop_ends_too() -> None:
+    impatient = "import service.process; service.process._STUCK_S = 0.05"
+    process = await launch(start=impatient, run="1 / 0", stop="import time; time.sleep(600)", drain_timeout=0.05)
+    code, errors = await process.end()
+    assert code == -signal.SIGALRM
+    assert "ZeroDivisionError" in errors
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="macOS does not enforce the limit")
+async def test_the_loops_threads_do_not_have_to_be_started_when_memory_is_short() -> None:
+    run = """
+        import resource
+        resource.setrlimit(resource.RLIMIT_DATA, (1 << 20, resource.RLIM_INFINITY))
+        await asyncio.to_thread(say, "in a thread")
+        resource.setrlimit(resource.RLIMIT_DATA, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    """
+    process = await launch(run=run)
+    assert (await process.end())[0] == 0
+    assert "in a thread" in process.lines
+
+
 async def test_a_wrong_deployment_is_one_clear_line() -> None:
     process = await launch(start='raise SetupError("no such folder: /models/x")')
     assert await process.end() == (2, "error: no such folder: /models/x\n")

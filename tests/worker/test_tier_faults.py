@@ -11,6 +11,7 @@ import pytest
 from engine.core import EngineCore
 from engine.output import StepOutput
 from proto.control import Abort, Attach, Failed, Prefill, Redirect, Rejected, RejectReason
+from proto.handoff import Frame, HandoffMessage
 from proto.ids import Generation
 from proto.lifecycle import Stage
 from proto.request import FinishReason, SamplingParams
@@ -72,6 +73,23 @@ async def test_an_engine_that_dies_sends_its_requests_elsewhere(pod: Pod) -> Non
         await side.router.until(lambda side=side: len(reasons(side)) == 2)
         assert not side.router.of(Failed), "an engine's death is no answer to a request"
         await side.tier.drained()
+
+
+async def test_a_prefill_worker_that_cannot_send_says_that_it_is_not_the_decode_workers_fault(pod: Pod) -> None:
+    p, d = await pod.prefill(), await pod.decode()
+
+    def no_memory(message: HandoffMessage) -> list[HandoffMessage]:
+        if isinstance(message, Frame):
+            raise MemoryError
+        return [message]
+
+    pod.forth = no_memory
+    send(p, d, make_request(1, prompt_of(200)))
+    await p.router.until(lambda: RejectReason.UNKNOWN in reasons(p))
+    assert RejectReason.PEER_LOST not in reasons(p), "another decode worker would not help"
+    for side in (p, d):
+        await side.tier.drained()
+        await until_idle(side)
 
 
 @pytest.mark.parametrize("local", [True, False])
