@@ -150,7 +150,9 @@ class LocalRedis:
             listen = f'port 0\nunixsocket "{self._socket}"\nunixsocketperm 700'
         else:
             listen = f"bind 127.0.0.1\nport {self._port}\nrequirepass {self._password}"
-        return f'{listen}\nsave ""\nappendonly no\nmaxmemory-policy noeviction\ndaemonize no\nlogfile ""\n'
+        # Nothing is saved unless somebody asks for it; then it goes with the folder.
+        place = f'dir "{self._folder}"\nsave ""\nappendonly no'
+        return f'{listen}\n{place}\nmaxmemory-policy noeviction\ndaemonize no\nlogfile ""\n'
 
     async def _configure(self, process: asyncio.subprocess.Process, config: bytes) -> None:
         # By stdin, not by arguments, which every user of the machine can read.

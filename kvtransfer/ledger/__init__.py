@@ -32,6 +32,8 @@ How it stays right:
   write, after a lost answer, harmless.
 - An emptied Redis shows as another nonce; every worker then registers and replays its inventory. Readers keep what
   they know meanwhile, and give workers a TTL's time to come back.
+- A Redis that takes no writes (out of memory, a disk that it cannot save to) is as good as away, for readers too: the
+  records in it expire though their workers live.
 
 Redis must run with ``noeviction``: an evicted key would look like a dead worker. What it holds is bounded by the TTLs,
 the stream's length and 4 KB to an event.

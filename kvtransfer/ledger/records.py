@@ -30,7 +30,10 @@ _USUAL_BYTES = 1024
 
 
 class LedgerAway(Exception):
-    """Redis did not answer, or not as Redis should. Nothing is known about whether the last write was applied."""
+    """Redis did not answer, or not as Redis should, or takes no writes: out of memory, or cannot save to disk.
+
+    Nothing is known about whether the last write was applied.
+    """
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

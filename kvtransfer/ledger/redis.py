@@ -58,8 +58,9 @@ _T = TypeVar("_T")
 class RedisLedger:
     """One process's view of one namespace of the ledger.
 
-    Every call raises LedgerAway when Redis does not answer within ``timeout_s``; nothing else goes wrong with a call
-    but what it says. May be shared by all tasks of one event loop.
+    Every call raises LedgerAway when Redis does not answer within ``timeout_s``, and every write (``members`` is one)
+    when Redis takes none; nothing else goes wrong with a call but what it says. May be shared by all tasks of one event
+    loop.
 
     ``ttl_s``: how long a worker outlives its last heartbeat. ``handoff_ttl_s`` and ``tombstone_ttl_s``: how long an
     open and a closed hand-off are kept; both should outlive a request. ``most_events``: about how many are kept.
@@ -107,8 +108,8 @@ class RedisLedger:
         try:
             memory = await self._ask(lambda redis: redis.info("memory"))
         except LedgerAway as error:
-            if isinstance(error.__cause__, AuthenticationError):
-                raise SettingsError(f"Redis wants another user or password in its URL: {error.__cause__}") from error
+            if (refusal := _refusal_among(error)) is not None:
+                raise SettingsError(f"Redis wants another user or password in its URL: {refusal}") from error
             raise
         policy = memory.get("maxmemory_policy", "unknown")
         if policy != "noeviction":
@@ -346,6 +347,13 @@ def _client(url: str, timeout_s: float) -> Redis:
         )
     except ValueError as error:
         raise SettingsError(f"not a Redis URL (redis://, rediss:// or unix://): {error}") from None
+
+
+def _refusal_among(error: BaseException | None) -> AuthenticationError | None:
+    """The library's later versions wrap it into a ConnectionError."""
+    while error is not None and not isinstance(error, AuthenticationError):
+        error = error.__cause__
+    return error
 
 
 def _milliseconds(seconds: float) -> int:

@@ -36,8 +36,8 @@ async def keep_doing(
 ) -> NoReturn:
     """Runs ``step`` over and over until cancelled. ``step`` waits for its own work, and starts over after a failure.
 
-    An absence of Redis is logged once, at its start and at its end. Any other failure is a bug, ours or a callback's:
-    it is logged and survived, because a worker without a ledger still serves.
+    An absence of Redis is logged once, at its start and at its end, and so is a lack of memory of our own. Any other
+    failure is a bug, ours or a callback's: it is logged and survived, because a worker without a ledger still serves.
     """
     backoff = Backoff()
     is_away = False
@@ -47,9 +47,9 @@ async def keep_doing(
             raise asyncio.CancelledError  # a library swallowed it
         try:
             await step()
-        except LedgerAway as error:
+        except (LedgerAway, MemoryError) as error:
             if not is_away:
-                log.warning("%s: the ledger is away, going on without it: %s", what, error)
+                log.warning("%s: the ledger is away, going on without it: %s", what, str(error) or "no memory")
             is_away = True
             on_trouble()
             await backoff.pause()

@@ -4,7 +4,6 @@
 -- Returns for each write 1 when it holds (written now, or exactly this was written before), else 0.
 local now = redis.call('TIME')
 local now_ms = now[1] * 1000 + math.floor(now[2] / 1000)
-redis.call('ZREMRANGEBYSCORE', KEYS[1], '-inf', now_ms)
 
 local held = {}
 for i = 2, #KEYS do
@@ -28,4 +27,6 @@ for i = 2, #KEYS do
     held[#held + 1] = record == seen[3] and 1 or 0
   end
 end
+-- Last: a script that has written anything, be it to make room, is let go on by a Redis that is out of memory.
+redis.call('ZREMRANGEBYSCORE', KEYS[1], '-inf', now_ms)
 return held

@@ -3,6 +3,8 @@
 -- KEYS: workers, nonce, events
 -- ARGV: fresh nonce, prefixes of: record, sequence
 -- Returns {nonce, id of the last event or '0-0', record, sequence or -1, record, sequence or -1, ...}.
+
+-- A write, needed or not: on a Redis that refuses it nobody's heartbeat arrives, so its list is not to be believed.
 redis.call('SET', KEYS[2], ARGV[1], 'NX')
 local last = redis.call('XREVRANGE', KEYS[3], '+', '-', 'COUNT', 1)
 local reply = {redis.call('GET', KEYS[2]), last[1] and last[1][1] or '0-0'}

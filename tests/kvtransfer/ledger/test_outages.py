@@ -1,28 +1,31 @@
-"""Redis dies, freezes, or was never there: nobody waits for it, and afterwards the ledger is whole again."""
+"""Redis dies, freezes, is full, or was never there: nobody waits for it, and afterwards the ledger is whole again."""
 
 from __future__ import annotations
 
 import asyncio
 import os
 import signal
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 
 import pytest
+from redis.asyncio import Redis
 
 from kvtransfer.ledger.audit import LedgerAudit
 from kvtransfer.ledger.publisher import WorkerPublisher
-from kvtransfer.ledger.records import LedgerAway
+from kvtransfer.ledger.records import LedgerAway, WorkerRecord
 from kvtransfer.ledger.redis import RedisLedger
+from kvtransfer.ledger.replies import Heartbeat
 from proto.control import Load
 from proto.ids import Epoch, WorkerId
 from proto.inventory import Evicted, Stored
 from proto.lifecycle import Stage
 from tandem.local_redis import LocalRedis
 from tests.support.ledger import FakeCache, block, blocks, handoff, until, watching, worker_record
-from tests.support.redis import free_port
+from tests.support.redis import clear_disk, exhaust_memory, fill_disk, free_port, give_memory
 
 W, E1 = WorkerId("d0"), Epoch("e1")
+Change = Callable[[LocalRedis], Awaitable[None]]
 
 
 def publisher_of(ledger: RedisLedger, cache: FakeCache, name: str = "d0", epoch: str = "e1") -> WorkerPublisher:
@@ -136,6 +139,59 @@ async def test_a_frozen_redis_holds_nobody_up_and_is_caught_up_with(local_redis:
             await audit.check()
         await publisher.close()
         assert len(await ledger.open_handoffs()) == 498
+
+
+@pytest.mark.parametrize(
+    ("fill", "empty"), [(exhaust_memory, give_memory), (fill_disk, clear_disk)], ids=["memory", "disk"]
+)
+async def test_a_full_redis_is_as_good_as_away(local_redis: LocalRedis, fill: Change, empty: Change) -> None:
+    cache = FakeCache()
+    # A record outlives the longest pause between two tries to renew it.
+    async with RedisLedger(local_redis.url, "test", ttl_s=2.0) as ledger, watching(ledger) as believer:
+        publisher = publisher_of(ledger, cache)
+        publisher.start()
+        publisher.publish(cache.change(Stored(blocks(1, 2))))
+        publisher.advance(handoff("r", 1, Stage.SEALED))
+        await believer.until(lambda: believer.holds("e1", blocks(1, 2)))
+
+        await fill(local_redis)
+        await until(lambda: not (publisher.is_connected or believer.watcher.is_connected))
+        publisher.publish(cache.change(Evicted(blocks(2)), Stored(blocks(3))))
+        publisher.advance(handoff("r", 1, Stage.FINISHED))
+        async with asyncio.timeout(30), Redis.from_url(local_redis.url) as redis:
+            while await redis.exists(ledger.keys.worker("d0")):  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
+        with pytest.raises(LedgerAway):
+            await ledger.advance(handoff("other", 1, Stage.ROUTED))
+        assert set(believer.workers) == {"d0"}, "its record has expired, but only because it could not be renewed"
+
+        await empty(local_redis)
+        await believer.until(lambda: believer.holds("e1", blocks(1, 3)))
+        await publisher.settled()
+        assert [] not in believer.history
+        async with LedgerAudit(local_redis.url, "test") as audit:
+            await audit.check()
+        await publisher.close()
+        assert await ledger.open_handoffs() == []
+
+
+async def test_a_worker_short_of_memory_says_so_once_and_beats_again(
+    ledger: RedisLedger, caplog: pytest.LogCaptureFixture
+) -> None:
+    refusals: list[int] = []
+
+    async def no_memory(record: WorkerRecord) -> Heartbeat:
+        refusals.append(1)
+        raise MemoryError
+
+    right, ledger.register = ledger.register, no_memory  # type: ignore[method-assign]
+    publisher = publisher_of(ledger, FakeCache())
+    publisher.start()
+    await until(lambda: len(refusals) >= 3)
+    ledger.register = right  # type: ignore[method-assign]
+    await until(lambda: publisher.is_connected)
+    await publisher.close()
+    assert caplog.text.count("no memory") == 1
 
 
 async def test_a_redis_that_never_answers_bounds_what_waits_and_lets_go() -> None:
