@@ -25,6 +25,7 @@ from engine.facts import EngineFacts
 from engine.families import ModelSpec, read_eos, read_spec
 from engine.kv_memory import KvMemory
 from engine.model import Decoder
+from engine.quantisation import Quantisation, Rounding, RoundingSource, StoredSource, read_quantisation
 from engine.runner import Runner
 from engine.weights import DummySource, MeasuringSource, SafetensorsSource, WeightSource, stored_dtype
 from kernels import dispatch
@@ -106,16 +107,19 @@ def load_engine_parts(settings: EngineSettings, on_phase: Callable[[str, float],
         tokenizer_folder = checkpoint.locate_tokenizer(settings.model, folder)
         config = ConfigFile.load(folder / "config.json")
         spec = read_spec(config)
+        quantisation = read_quantisation(config, settings.model)
         dtype = _dtype(settings.model, config, folder)
         sizing.wanted_length(settings.model.max_model_len, spec.max_context)
     with phase("weights"):
-        source = _source(settings.model, folder, dtype, device)
+        source = _source(settings.model, quantisation, folder, dtype, device)
         kernels = _kernels(settings.model, spec, device, dtype)
-        _check_weights_fit(spec, dtype, device)
+        weights = _describe(quantisation, kernels, dtype)
+        _check_weights_fit(spec, source, weights, kernels, device)
         model = Decoder(spec, source, kernels, device)
         digest = source.digest(repr(spec))
     with phase("memory"):
-        facts, kv = _make_memory(settings, spec, digest, dtype, device, kernels, _eos(folder, config))
+        numerics = _numerics(device, kernels, weights)
+        facts, kv = _make_memory(settings, spec, digest, dtype, device, numerics, _eos(folder, config))
         runner = Runner(model, kv, facts)
     if not settings.model.skip_warmup:
         with phase("warmup"):
@@ -152,10 +156,32 @@ def _dtype(settings: ModelSettings, config: ConfigFile, folder: Path) -> torch.d
     return dtypes[name]
 
 
-def _source(settings: ModelSettings, folder: Path, dtype: torch.dtype, device: torch.device) -> WeightSource:
+def _source(
+    settings: ModelSettings,
+    quantisation: Quantisation | None,
+    folder: Path,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> WeightSource:
+    """Random weights are plain: ``read_quantisation`` has seen to it."""
     if settings.load_format == "dummy":
-        return DummySource(settings.seed, dtype, device)
-    return SafetensorsSource(folder, dtype, device)
+        plain: WeightSource = DummySource(settings.seed, dtype, device)
+    else:
+        plain = stored = SafetensorsSource(folder, dtype, device)
+        if quantisation is not None and not isinstance(quantisation, Rounding):
+            return StoredSource(stored, quantisation)
+    return RoundingSource(plain, quantisation) if isinstance(quantisation, Rounding) else plain
+
+
+def _describe(quantisation: Quantisation | None, kernels: Kernels, dtype: torch.dtype) -> str:
+    """What the weights are, and what becomes of quantised ones here."""
+    name = str(dtype).removeprefix("torch.")
+    if quantisation is None:
+        return name
+    if kernels.quantised is None:
+        log.info("Weights: %s; multiplied, and kept in memory, as %s", quantisation.describe(), name)
+        return f"{name} of {quantisation.describe()}"
+    return f"{quantisation.describe()}, the rest {name}"
 
 
 def _kernels(settings: ModelSettings, spec: ModelSpec, device: torch.device, dtype: torch.dtype) -> Kernels:
@@ -167,13 +193,16 @@ def _kernels(settings: ModelSettings, spec: ModelSpec, device: torch.device, dty
         raise SettingsError(f"batch_invariant needs kernels of its own: {reason}.", param="batch_invariant") from reason
 
 
-def _check_weights_fit(spec: ModelSpec, dtype: torch.dtype, device: torch.device) -> None:
+def _check_weights_fit(
+    spec: ModelSpec, source: WeightSource, weights: str, kernels: Kernels, device: torch.device
+) -> None:
     """Builds the model once without its memory: what it takes is counted by the code that takes it."""
-    counted = MeasuringSource(dtype)
+    counted = MeasuringSource(source.dtype, source if kernels.quantised is not None else None)
     without_copies = replace(dispatch.REFERENCE, linear=lambda parts, bias: DenseLinear(parts[0], bias))
     Decoder(spec, counted, without_copies, torch.device("cpu"))
-    name = str(dtype).removeprefix("torch.")
-    sizing.check_weights(counted.num_parameters, dtype.itemsize, name, machine.available_memory(device), str(device))
+    hint = " or choose dtype bfloat16" if source.dtype == torch.float32 else ""
+    available = machine.available_memory(device)
+    sizing.check_weights(counted.num_parameters, counted.all_bytes, weights, available, str(device), hint)
 
 
 def _eos(folder: Path, config: ConfigFile) -> tuple[int, ...]:
@@ -187,7 +216,7 @@ def _make_memory(
     digest: str,
     dtype: torch.dtype,
     device: torch.device,
-    kernels: Kernels,
+    numerics: str,
     eos: tuple[int, ...],
 ) -> tuple[EngineFacts, KvMemory]:
     layout = KvLayout(
@@ -218,7 +247,7 @@ def _make_memory(
         long_prefill_token_threshold=settings.scheduler.long_prefill_token_threshold,
         vocab_size=spec.vocab_size,
         eos_token_ids=eos,
-        numerics=_numerics(device, dtype, kernels),
+        numerics=numerics,
         device=str(device),
     )
     name = device.type.upper() if device.type == "cpu" else "GPU"
@@ -243,12 +272,12 @@ def _available(
     return max(0, int(total * settings.cache.gpu_memory_utilization) - (total - free) - step)
 
 
-def _numerics(device: torch.device, dtype: torch.dtype, kernels: Kernels) -> str:
+def _numerics(device: torch.device, kernels: Kernels, weights: str) -> str:
     """Batch-invariant kernels give the same on any number of threads."""
     threads = f" {torch.get_num_threads()} threads" if device.type == "cpu" else ""
     if kernels.is_batch_invariant:
         threads = " batch-invariant"
-    return f"{kernels.name}; torch {torch.__version__}; {machine.instruction_set(device)}{threads}; {dtype}"
+    return f"{kernels.name}; torch {torch.__version__}; {machine.instruction_set(device)}{threads}; {weights}"
 
 
 def _warm_up(runner: Runner, kv: KvMemory, facts: EngineFacts) -> None:

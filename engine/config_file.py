@@ -69,6 +69,12 @@ class ConfigFile:
             raise self._wrong(key, "a list of strings", value)
         return value
 
+    def numbers(self, key: str) -> list[int]:
+        value = self._value(key, None)
+        if not isinstance(value, list) or not all(isinstance(n, int) and not isinstance(n, bool) for n in value):
+            raise self._wrong(key, "a list of whole numbers", value)
+        return value
+
     def ids(self, key: str) -> tuple[int, ...]:
         """One token id or a list of them; none when absent."""
         value = self._entries.get(key)
@@ -85,6 +91,17 @@ class ConfigFile:
         if not isinstance(value, dict):
             raise self._wrong(key, "an object", value)
         return ConfigFile(f"{self.name}: {key}", value)
+
+    def sections(self) -> dict[str, ConfigFile]:
+        """Every entry, where each must be an object (that may be empty), by its key."""
+        for key, value in self._entries.items():
+            if not isinstance(value, dict):
+                raise self._wrong(key, "an object", value)
+        return {
+            key: ConfigFile(f"{self.name}: {key}", value)
+            for key, value in self._entries.items()
+            if isinstance(value, dict)
+        }
 
     def _value(self, key: str, default: object) -> object:
         value = self._entries.get(key)

@@ -56,8 +56,6 @@ def read_spec(config: ConfigFile) -> ModelSpec:
             f"{config.name}: architecture {', '.join(names) or '(none named)'} is not supported. "
             f"Supported: {', '.join(sorted(FAMILIES))}."
         )
-    if config.has("quantization_config"):
-        raise UnsupportedModel(f"{config.name}: quantised checkpoints are not supported; use the unquantised model.")
     return FAMILIES[names[0]](names[0], config)
 
 

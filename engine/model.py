@@ -14,7 +14,9 @@ from torch import Tensor
 from engine.families import ModelSpec
 from engine.rope import Rope
 from engine.weights import WeightSource
+from kernels.quantised import Product
 from kernels.reference import ACTIVATIONS, DenseLinear
+from kernels.reference.quantised import dequantise
 from kernels.types import AttentionSpec, Kernels, Linear, PagedKv, Ragged
 from proto.errors import UnsupportedModel
 
@@ -132,11 +134,12 @@ class Decoder:
         self._rope = Rope(spec.rope, spec.head_dim, device, one_by_one=kernels.is_batch_invariant)
         table = (spec.vocab_size, spec.hidden_size)
         self._embedding: Linear
+        self._head: Product
         if spec.tie_embeddings:
-            self._head = kernels.linear(source.parts(["model.embed_tokens.weight"], table), None)
-            self._embedding = self._head
+            self._embedding = kernels.linear(source.parts(["model.embed_tokens.weight"], table), None)
+            self._head = self._embedding
         else:
-            self._head = kernels.linear(source.parts(["lm_head.weight"], table), None)
+            self._head = _linear(kernels, source, ["lm_head"], *table, bias=False)
             self._embedding = DenseLinear(source.take(["model.embed_tokens.weight"], table), None)
         self._layers = [Layer(spec, layer, source, kernels) for layer in range(spec.num_layers)]
         self._norm = source.take(["model.norm.weight"], (spec.hidden_size,))
@@ -153,6 +156,11 @@ class Decoder:
         return self._head(x).float()
 
 
-def _linear(kernels: Kernels, source: WeightSource, names: list[str], rows: int, columns: int, bias: bool) -> Linear:
-    weight = source.parts([f"{name}.weight" for name in names], (rows, columns))
-    return kernels.linear(weight, source.take([f"{name}.bias" for name in names], (rows,)) if bias else None)
+def _linear(kernels: Kernels, source: WeightSource, names: list[str], rows: int, columns: int, bias: bool) -> Product:
+    """The map of ``names``, one below the other. Where kernels take no quantised weights, it is one of plain ones, in
+    the memory of plain ones."""
+    matrices = source.matrices(names, (rows, columns))
+    offset = source.take([f"{name}.bias" for name in names], (rows,)) if bias else None
+    if kernels.quantised is not None and not all(isinstance(matrix, Tensor) for matrix in matrices):
+        return kernels.quantised(matrices, offset)
+    return kernels.linear([dequantise(matrix, source.dtype) for matrix in matrices], offset)

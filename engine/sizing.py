@@ -69,14 +69,14 @@ def wanted_length(max_model_len: int | None, max_context: int) -> int:
     return max_model_len
 
 
-def check_weights(num_parameters: int, itemsize: int, dtype: str, available: int, device: str) -> None:
-    """Raises DoesNotFit, with the arithmetic, where weights of ``dtype`` exceed the ``available`` bytes."""
-    needed = num_parameters * itemsize
+def check_weights(num_parameters: int, needed: int, kind: str, available: int, device: str, hint: str) -> None:
+    """Raises DoesNotFit, with the arithmetic, where ``needed`` bytes of weights exceed the ``available`` ones. ``kind``
+    says what the weights are, ``hint`` what would make them smaller."""
     if needed > available:
-        smaller = "" if itemsize <= 2 else " or choose dtype bfloat16"
         raise DoesNotFit(
-            f"The weights do not fit: {num_parameters:,} parameters x {itemsize} bytes ({dtype}) = {_gib(needed)}; "
-            f"{_gib(available)} of memory are available on {device}. Free memory, take a smaller model{smaller}."
+            f"The weights do not fit: {num_parameters:,} parameters x {needed / max(1, num_parameters):.3g} bytes "
+            f"({kind}) = {_gib(needed)}; {_gib(available)} of memory are available on {device}. Free memory, take a "
+            f"smaller model{hint}."
         )
 
 

@@ -1,7 +1,8 @@
 """Where a model's tensors come from: safetensors files, mapped and copied once, or seeded random numbers.
 
 Taking a tensor also samples its bytes, so that after loading ``digest`` tells models apart at no extra pass over the
-files: every tensor's name, shape and stored type, and up to 256 of its numbers spread evenly over it.
+files: every tensor's name, shape and stored type, and up to 256 of its numbers spread evenly over it. What quantised
+tensors mean is ``engine.quantisation``'s to know.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from kernels.quantised import Matrix
 from proto.errors import CheckpointError
 
 _SAMPLES = 256
@@ -28,6 +30,9 @@ _POOL = 1_048_573
 class WeightSource(Protocol):
     """Gives tensors by their checkpoint names, in the engine's dtype and on its device."""
 
+    @property
+    def dtype(self) -> torch.dtype: ...
+
     def parts(self, names: Sequence[str], shape: tuple[int, ...]) -> Sequence[Tensor]:
         """The tensors ``names``, which one below the other have ``shape``, for whoever copies them at once: they may
         be views of a file. Raises CheckpointError for a missing tensor or a wrong shape."""
@@ -35,8 +40,15 @@ class WeightSource(Protocol):
     def take(self, names: Sequence[str], shape: tuple[int, ...]) -> Tensor:
         """The same as one tensor of its own."""
 
+    def matrices(self, modules: Sequence[str], shape: tuple[int, int]) -> Sequence[Matrix]:
+        """The weights of linear maps, one or more per module, quantised or as ``parts`` gives them."""
+
+    def num_bytes(self, modules: Sequence[str], shape: tuple[int, int]) -> int:
+        """What ``matrices`` would take in memory."""
+
     def digest(self, essentials: str) -> str:
-        """Names the model: of ``essentials``, the dtype and all tensors taken so far."""
+        """Names the model: of ``essentials``, the dtype and all tensors taken so far. Two quantisations of one
+        checkpoint have different names: their KV is not the same."""
 
 
 class _TensorFile(Protocol):
@@ -49,6 +61,7 @@ class _TensorFile(Protocol):
 
 class _TensorHeader(Protocol):
     def get_dtype(self) -> str: ...
+    def get_shape(self) -> list[int]: ...
 
 
 class SafetensorsSource:
@@ -56,14 +69,14 @@ class SafetensorsSource:
 
     def __init__(self, folder: Path, dtype: torch.dtype, device: torch.device) -> None:
         self._folder = folder
-        self._dtype = dtype
+        self.dtype = dtype
         self._device = device
         self._files: dict[str, _TensorFile] = {}
         self._file_of = _locate_tensors(folder)
         self._samples: dict[str, bytes] = {}
 
     def parts(self, names: Sequence[str], shape: tuple[int, ...]) -> Sequence[Tensor]:
-        parts = [self._stored(name) for name in names]
+        parts = [self._plain(name) for name in names]
         rows = sum(part.shape[0] for part in parts)
         for name, part in zip(names, parts, strict=True):
             if part.dim() != len(shape) or part.shape[1:] != shape[1:] or rows != shape[0]:
@@ -72,52 +85,111 @@ class SafetensorsSource:
                     f"{self._folder / self._file_of[name]}: tensor {', '.join(names)} has shape {found}, "
                     f"config.json asks for {list(shape)}."
                 )
-        self._samples |= {name: _sample(part) for name, part in zip(names, parts, strict=True)}
-        return [part.to(self._device, self._dtype) for part in parts]
+        return [part.to(self._device, self.dtype) for part in parts]
 
     def take(self, names: Sequence[str], shape: tuple[int, ...]) -> Tensor:
         return torch.cat(list(self.parts(names, shape)))
 
-    def digest(self, essentials: str) -> str:
-        return _digest(essentials, self._dtype, self._samples)
+    def matrices(self, modules: Sequence[str], shape: tuple[int, int]) -> Sequence[Matrix]:
+        return self.parts([f"{module}.weight" for module in modules], shape)
 
-    def _stored(self, name: str) -> Tensor:
-        """The tensor as it lies in its file, mapped."""
+    def num_bytes(self, modules: Sequence[str], shape: tuple[int, int]) -> int:
+        return math.prod(shape) * self.dtype.itemsize
+
+    def digest(self, essentials: str) -> str:
+        return _digest(essentials, self.dtype, self._samples)
+
+    # As ``engine.quantisation.scheme.Store``.
+
+    def has(self, name: str) -> bool:
+        return name in self._file_of
+
+    def kind(self, name: str) -> str:
+        return self._open(name).get_slice(name).get_dtype() if self.has(name) else ""
+
+    def where(self, name: str) -> str:
+        return str(self._folder / self._file_of.get(name, ""))
+
+    def stored(self, name: str) -> Tensor:
+        return self._mapped(name).to(self._device)
+
+    def plain(self, name: str, columns: int) -> Tensor:
+        """A matrix of any number of rows, as ``parts`` gives it."""
+        rows = self._open(name).get_slice(name).get_shape()[0]
+        return self.parts([name], (rows, columns))[0]
+
+    def _plain(self, name: str) -> Tensor:
+        """A tensor of numbers that need nothing to be understood, mapped."""
+        tensor = self._mapped(name)
+        if not tensor.is_floating_point() or tensor.element_size() < 2:
+            raise CheckpointError(
+                f"{self.where(name)}: tensor {name} is {tensor.dtype}: quantised, and config.json does not say how "
+                "(quantization_config)."
+            )
+        return tensor
+
+    def _mapped(self, name: str) -> Tensor:
+        """The tensor as it lies in its file. Remembers a sample of it."""
+        file = self._open(name)
+        try:
+            tensor = file.get_tensor(name)
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{self.where(name)}: tensor {name} cannot be read: {error}") from error
+        self._samples[name] = _sample(tensor)
+        return tensor
+
+    def _open(self, name: str) -> _TensorFile:
+        """The file that should hold ``name``."""
         file = self._file_of.get(name)
         if file is None:
-            raise CheckpointError(f"{self._folder} has no tensor {name}.")
+            raise CheckpointError(f"{self._folder} has no tensor {name}.{self._instead_of(name)}")
         try:
             if file not in self._files:
                 self._files[file] = cast(_TensorFile, safe_open(self._folder / file, framework="pt"))
-            tensor = self._files[file].get_tensor(name)
         except FileNotFoundError:
             raise CheckpointError(f"{self._folder} has no file {file}, which should hold {name}.") from None
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{self._folder / file}: tensor {name} cannot be read: {error}") from error
-        if not tensor.is_floating_point() or tensor.element_size() < 2:
-            raise CheckpointError(
-                f"{self._folder / file}: tensor {name} is {tensor.dtype}; quantised weights are not supported."
-            )
-        return tensor
+        return self._files[file]
+
+    def _instead_of(self, name: str) -> str:
+        """Why a plain weight may be missing."""
+        module = name.removesuffix(".weight")
+        found = next((key for key in (f"{module}.qweight", f"{module}.weight_packed") if self.has(key)), None)
+        return f" There is {found}: it is quantised, and config.json does not say how." if found else ""
 
 
 class MeasuringSource:
     """Gives views of a single number, and counts what whole tensors would hold. (Torch's meta device, which is made for
     this, takes seconds to import.)"""
 
-    def __init__(self, dtype: torch.dtype) -> None:
-        self._dtype = dtype
+    def __init__(self, dtype: torch.dtype, measured: WeightSource | None = None) -> None:
+        """``measured`` says how large matrices are where they are quantised."""
+        self.dtype = dtype
+        self._measured = measured
         self.num_parameters = 0
+        self.all_bytes = 0
 
     def parts(self, names: Sequence[str], shape: tuple[int, ...]) -> Sequence[Tensor]:
         return [self.take(names, shape)]
 
     def take(self, names: Sequence[str], shape: tuple[int, ...]) -> Tensor:
+        return self._count(shape, math.prod(shape) * self.dtype.itemsize)
+
+    def matrices(self, modules: Sequence[str], shape: tuple[int, int]) -> Sequence[Matrix]:
+        return [self._count(shape, self.num_bytes(modules, shape))]
+
+    def num_bytes(self, modules: Sequence[str], shape: tuple[int, int]) -> int:
+        dense = math.prod(shape) * self.dtype.itemsize
+        return dense if self._measured is None else self._measured.num_bytes(modules, shape)
+
+    def _count(self, shape: tuple[int, ...], num_bytes: int) -> Tensor:
         self.num_parameters += math.prod(shape)
-        return torch.zeros((), dtype=self._dtype).expand(shape)
+        self.all_bytes += num_bytes
+        return torch.zeros((), dtype=self.dtype).expand(shape)
 
     def digest(self, essentials: str) -> str:
-        return _digest(essentials, self._dtype, {})
+        return _digest(essentials, self.dtype, {})
 
 
 class DummySource:
@@ -129,7 +201,7 @@ class DummySource:
 
     def __init__(self, seed: int, dtype: torch.dtype, device: torch.device) -> None:
         self._seed = seed
-        self._dtype = dtype
+        self.dtype = dtype
         self._device = device
         self._pool = torch.randn(_POOL, generator=torch.Generator().manual_seed(seed))
         self._samples: dict[str, bytes] = {}
@@ -137,11 +209,11 @@ class DummySource:
     def take(self, names: Sequence[str], shape: tuple[int, ...]) -> Tensor:
         if len(shape) == 1:
             fill = 1.0 if "norm" in names[0] else 0.0
-            out = torch.full(shape, fill, dtype=self._dtype, device=self._device)
+            out = torch.full(shape, fill, dtype=self.dtype, device=self._device)
         else:
-            pool = (self._pool * (1.6 / math.sqrt(shape[-1]))).to(self._device, self._dtype)
+            pool = (self._pool * (1.6 / math.sqrt(shape[-1]))).to(self._device, self.dtype)
             offset = int.from_bytes(hashlib.blake2b(names[0].encode(), digest_size=4).digest()) % _POOL
-            out = torch.empty(shape, dtype=self._dtype, device=self._device)
+            out = torch.empty(shape, dtype=self.dtype, device=self._device)
             rolled, flat = pool.roll(offset), out.view(-1)
             for start in range(0, flat.numel(), _POOL):
                 part = flat[start : start + _POOL]
@@ -152,16 +224,24 @@ class DummySource:
     def parts(self, names: Sequence[str], shape: tuple[int, ...]) -> Sequence[Tensor]:
         return [self.take(names, shape)]
 
+    def matrices(self, modules: Sequence[str], shape: tuple[int, int]) -> Sequence[Matrix]:
+        return self.parts([f"{module}.weight" for module in modules], shape)
+
+    def num_bytes(self, modules: Sequence[str], shape: tuple[int, int]) -> int:
+        return math.prod(shape) * self.dtype.itemsize
+
     def digest(self, essentials: str) -> str:
-        return _digest(f"dummy {self._seed} {essentials}", self._dtype, self._samples)
+        return _digest(f"dummy {self._seed} {essentials}", self.dtype, self._samples)
 
 
 def stored_dtype(folder: Path) -> str | None:
-    """The type most tensors of a checkpoint have, from its headers; None where it holds no floating point."""
+    """The type most weights of a checkpoint have, from its headers; None where it holds no floating point. Scales of
+    quantised weights do not count."""
     names = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
     for file in sorted(set(_locate_tensors(folder).values())):
         with _open(folder / file) as tensors:
-            kinds = [tensors.get_slice(name).get_dtype() for name in list(tensors.keys())]
+            weights = [name for name in list(tensors.keys()) if name.endswith((".weight", ".bias"))]
+            kinds = [tensors.get_slice(name).get_dtype() for name in weights]
         known = [kind for kind in kinds if kind in names]
         if known:
             return names[max(set(known), key=known.count)]

@@ -9,6 +9,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from kernels.quantised import Matrix, Product
+
 
 class Linear(Protocol):
     """A matrix ``[out, in]`` with an optional bias ``[out]``, in whatever order its kernel likes."""
@@ -88,6 +90,8 @@ class Kernels:
     attend: Callable[[Tensor, PagedKv, int, Ragged, AttentionSpec], Tensor]
     gumbel: Callable[[Sequence[int], int, torch.device], Tensor]
     """As ``kernels.noise.gumbel``."""
+    quantised: Callable[[Sequence[Matrix], Tensor | None], Product] | None = None
+    """As ``linear``, of quantised weights. None: they are dequantised when they are loaded, for ``linear``."""
     is_batch_invariant: bool = False
     """A row's results have the same bits in any batch, and however its prompt is cut into chunks."""
 

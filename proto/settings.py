@@ -20,19 +20,21 @@ def setting(
     metavar: str | None = None,
     env: tuple[str, ...] = (),
     kind: str = "",
+    short: str | None = None,
     secret: bool = False,
     low: float | None = None,
     high: float | None = None,
 ) -> Any:
     """A settings field. ``kind`` names how text is read where the type alone does not say: ``size`` (bytes: 4GiB),
     ``count`` (32K), ``length`` (32K; auto is -1), ``json``. ``env`` adds names read besides TANDEM_<FIELD>, which wins.
-    ``secret`` is never printed. ``low`` and ``high`` bound a number, both included."""
+    ``short`` is another flag. ``secret`` is never printed. ``low`` and ``high`` bound a number, both included."""
     metadata = {
         "help": help,
         "choices": choices,
         "metavar": metavar,
         "env": env,
         "kind": kind,
+        "short": short,
         "secret": secret,
         "low": low,
         "high": high,
@@ -51,7 +53,21 @@ class ModelSettings:
     hf_token: str | None = setting(
         None, "hub token; better given by environment", env=("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"), secret=True
     )
-    load_format: str = setting("auto", "dummy: random weights, no files read", choices=("auto", "safetensors", "dummy"))
+    load_format: str = setting(
+        "auto",
+        "dummy: random weights, no files read; bitsandbytes: as --quantization bitsandbytes",
+        choices=("auto", "safetensors", "dummy", "bitsandbytes"),
+    )
+    quantization: str | None = setting(
+        None,
+        "round plain weights at load to fp8, int8 or nf4 (bitsandbytes: nf4); a quantised checkpoint needs no flag, "
+        "and contradicts any but its own",
+        choices=(
+            *("none", "fp8", "int8", "nf4", "bitsandbytes"),
+            *("awq", "awq_marlin", "gptq", "gptq_marlin", "compressed-tensors"),
+        ),
+        short="-q",
+    )
     dtype: str = setting(
         "auto",
         "type of weights and activations; auto: the checkpoint's",

@@ -54,7 +54,7 @@ def render() -> str:
 
 
 def row(option: Option) -> str:
-    names = [f"`{option.flag}`", *(f"`{name}`" for name in option.extra_env)]
+    names = [f"`{name}`" for name in (option.flag, option.short, *option.extra_env) if name]
     text = option.help if not option.choices else f"{option.help} ({', '.join(option.choices)})"
     bounds = [f"at least {option.low:g}"] if option.low is not None else []
     bounds += [f"at most {option.high:g}"] if option.high is not None else []

@@ -111,7 +111,6 @@ FOLKLORE: tuple[Folklore, ...] = (
     Folklore("optimization_level", _NOTHING_COMPILED, takes_value=True, short="-O"),
     _any_value("attention_backend", "the kernels are chosen for the device"),
     _only("performance_mode", "there is one way of working; see --max-num-seqs, --max-num-batched-tokens", "balanced"),
-    _only("quantization", "weights are loaded in float32, float16 or bfloat16", "none", "", short="-q"),
     _only("tokenizer_mode", "there is one tokenizer, the fast one", "auto", "fast", "hf"),
     _only("runner", "this server generates text", "auto", "generate"),
     _only("task", "this server generates text", "auto", "generate"),
@@ -166,11 +165,15 @@ RENAMED = {
 }
 """Flags that other servers have under another name, and ours."""
 
-_QUANTISED_DTYPES = frozenset({"fp8", "fp4", "int8", "int4", "float8", "float8_e4m3fn"})
+_QUANTISED_DTYPES = {
+    **dict.fromkeys(("fp8", "float8", "float8_e4m3fn"), "fp8"),
+    **dict.fromkeys(("fp4", "nf4", "int4"), "nf4"),
+    "int8": "int8",
+}
 
 
 def hint_for(option: str, value: object) -> str:
     """What someone who gave ``value`` to ``option`` probably meant, as the end of an error message; else nothing."""
     if option == "dtype" and str(value).lower() in _QUANTISED_DTYPES:
-        return f"; did you mean --quantization {value}? (quantised weights are not supported yet)"
+        return f"; did you mean --quantization {_QUANTISED_DTYPES[str(value).lower()]}?"
     return ""

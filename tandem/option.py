@@ -93,6 +93,7 @@ class Option:
     metavar: str | None
     extra_env: tuple[str, ...]
     kind: str
+    short: str | None
     is_secret: bool
     low: float | None
     high: float | None
@@ -244,6 +245,7 @@ def options_of(section: str) -> tuple[Option, ...]:
                 metavar=meta["metavar"],
                 extra_env=meta["env"],
                 kind=meta["kind"],
+                short=meta["short"],
                 is_secret=meta["secret"],
                 low=meta["low"],
                 high=meta["high"],

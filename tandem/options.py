@@ -189,7 +189,8 @@ def _add(parser: Parser, group: argparse._ArgumentGroup, option: Option) -> None
     if option.base is tuple:
         parser.add_list(group, option.flag, option.key, metavar, text)
         return
-    group.add_argument(option.flag, dest=option.key, default=argparse.SUPPRESS, metavar=metavar, help=text)
+    flags = [option.flag] if option.short is None else [option.flag, option.short]
+    group.add_argument(*flags, dest=option.key, default=argparse.SUPPRESS, metavar=metavar, help=text)
 
 
 _METAVARS = {str: "TEXT", int: "N", float: "X", tuple: "TEXT", dict: "JSON"}

@@ -28,7 +28,6 @@ def test_an_unknown_architecture_names_the_known_ones() -> None:
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        ({"quantization_config": {"quant_method": "awq"}}, "quantised"),
         ({"rope_scaling": {"rope_type": "longrope", "factor": 2.0}}, "longrope.*Supported: default, linear"),
         ({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, "partial"),
     ],

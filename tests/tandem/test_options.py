@@ -55,6 +55,10 @@ def test_option_names_are_unique_but_for_what_a_router_and_a_worker_both_have() 
     assert len({option.key for option in all_options()}) == len(names)
 
 
+def test_a_short_flag_is_the_long_one() -> None:
+    assert resolve("-q", "awq").values == resolve("--quantization", "awq").values
+
+
 def test_every_option_is_explained() -> None:
     assert [option.key for option in all_options() if not option.help] == []
 
@@ -286,9 +290,9 @@ def test_json_settings() -> None:
         (["--decode", "0"], r"--decode: must be at least 1"),
         (["--gpu-memory-utilization", "1.5"], r"between 0\.01 and 1, got 1\.5"),
         (["--gpu-memory-utilization", "nan"], r"must be finite"),
-        (["--dtype", "float8"], r"--dtype: must be one of .*; did you mean --quantization float8\?"),
-        (["--dtype", "fp8"], r"did you mean --quantization fp8\? \(quantised weights are not supported yet\)"),
-        (["--quantization", "fp8"], r"--quantization fp8 is not supported yet"),
+        (["--dtype", "float8"], r"--dtype: must be one of .*; did you mean --quantization fp8\?"),
+        (["--dtype", "fp8"], r"--dtype: must be one of .*; did you mean --quantization fp8\?"),
+        (["--quantization", "gguf"], r"--quantization: must be one of .*awq.*, got 'gguf'"),
         (["-tp", "2"], r"--tensor-parallel-size 2 is not supported yet: each worker runs on one device"),
         (["--port"], r"[Ee]xpected one argument"),
         (["model", "and", "more"], r"Unexpected argument 'and'"),
