@@ -1,12 +1,12 @@
 """The messages of a hand-off, to and from bytes: protobuf for control, raw bytes for blocks.
 
-    control   00 | HandoffEnvelope (protobuf)
-    block     01 | header length, u16 | header (msgpack) | payload
+    control   00 | checksum, u32 | HandoffEnvelope (protobuf)
+    block     01 | header length, u16 | checksum, u32 | header (msgpack) | payload
 
     header    [wire version, request, generation, prefill epoch, decode epoch, index, checksum, offset, payload length]
 
 One of ``offset`` (where D reads the block itself) and ``payload length`` is nil. A newer version may append
-to the header.
+to the header. The payload has a checksum of its own, ``checksum``, which is compared where the block ends up.
 """
 
 from __future__ import annotations
@@ -47,7 +47,9 @@ from proto.wire.envelope import (
     our_fault,
     seal,
     seconds,
+    summed,
     unseal,
+    unsummed,
 )
 
 _CONTROL = 0
@@ -97,7 +99,7 @@ def decode_handoff(data: bytes | memoryview) -> HandoffMessage:
 def _encode_frame(frame: Frame) -> bytes:
     located = isinstance(frame.payload, Located)
     payload = b"" if isinstance(frame.payload, Located) else memoryview(frame.payload).cast("B")
-    header = msgpack.packb(
+    packed = msgpack.packb(
         [
             WIRE_VERSION,
             frame.fence.request,
@@ -111,6 +113,7 @@ def _encode_frame(frame: Frame) -> bytes:
         ],
         buf_size=_HEADER_BYTES,
     )
+    header = summed(packed)
     if len(header) > 0xFFFF or len(payload) + len(header) + _PREFIX.size > MAX_MESSAGE_BYTES:
         raise LocalProtocolError(f"a block of {len(payload):,} bytes is over the limit of {MAX_MESSAGE_BYTES:,}")
     return b"".join((_PREFIX.pack(_FRAME, len(header)), header, payload))
@@ -123,8 +126,9 @@ def _decode_frame(view: memoryview) -> Frame:
     if start > len(view):
         raise RemoteProtocolError("a frame that ends within its header")
     payload = view[start:]
+    packed = unsummed("frame's header", view[_PREFIX.size : start])
     try:
-        header = msgpack.unpackb(view[_PREFIX.size : start])
+        header = msgpack.unpackb(packed)
     except (ValueError, TypeError, RecursionError, msgpack.UnpackException) as error:
         raise RemoteProtocolError(f"a frame with a malformed header: {error!r}") from error
     if not isinstance(header, list) or len(header) < _HEADER_ITEMS:

@@ -29,6 +29,7 @@ from proto.handoff import (
     Fence,
     Frame,
     HandoffMessage,
+    Located,
     Offer,
     RefuseReason,
     TransportOffer,
@@ -39,8 +40,18 @@ from proto.ids import BlockHash, Epoch, Generation, RequestId, WorkerId
 from proto.layout import WIRE_VERSION
 from proto.lifecycle import Stage
 from proto.request import FinishReason, Request, SamplingParams, TokenOut
-from proto.wire.envelope import EnumCodec
-from tests.support.messages import CARDS, FROM_ROUTER, FROM_WORKER, HANDOFF, REPORTS, TEXT
+from proto.wire.envelope import EnumCodec, seal, summed, unseal
+from tests.support.messages import (
+    CARDS,
+    FROM_ROUTER,
+    FROM_WORKER,
+    HANDOFF,
+    REPORTS,
+    TEXT,
+    bare,
+    bare_handoff,
+    summed_handoff,
+)
 
 Decoder = Callable[[bytes], object]
 ENCODED: list[tuple[Decoder, st.SearchStrategy[bytes]]] = [
@@ -146,6 +157,11 @@ def test_tokens_stay_small() -> None:
 # ---- bytes of any origin ---------------------------------------------------------------------------------------------
 
 
+def resummed(decode: Decoder, data: bytes) -> bytes:
+    """With the checksum that goes with the rest."""
+    return summed_handoff(bare_handoff(data)) if decode is wire.decode_handoff else summed(bare(data))
+
+
 def decodes_or_refuses(decode: Decoder, data: bytes) -> None:
     with suppress(RemoteProtocolError):
         decode(data)
@@ -156,8 +172,8 @@ def decodes_or_refuses(decode: Decoder, data: bytes) -> None:
 @given(data=st.binary(max_size=300))
 def test_arbitrary_bytes(decode: Decoder, data: bytes) -> None:
     decodes_or_refuses(decode, data)
-    decodes_or_refuses(decode, b"\x08\x01" + data)  # past the version
-    decodes_or_refuses(decode, b"\x00\x08\x01" + data)
+    decodes_or_refuses(decode, summed(b"\x08\x01" + data))  # past checksum and version
+    decodes_or_refuses(decode, b"\x00" + summed(b"\x08\x01" + data))
     decodes_or_refuses(decode, b"\x01" + data)
 
 
@@ -186,19 +202,44 @@ def test_damaged_messages(decode: Decoder, valid: st.SearchStrategy[bytes], draw
 
 
 @pytest.mark.parametrize(("decode", "valid"), ENCODED)
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(draw=st.data())
+def test_damage_behind_a_checksum_that_goes_with_it(
+    decode: Decoder, valid: st.SearchStrategy[bytes], draw: st.DataObject
+) -> None:
+    """As a peer that is wrong, not a wire, would send it."""
+    decodes_or_refuses(decode, resummed(decode, draw.draw(mutated(valid))))
+
+
+@pytest.mark.parametrize(("decode", "valid"), ENCODED)
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(draw=st.data())
+def test_no_flipped_bit_is_believed(decode: Decoder, valid: st.SearchStrategy[bytes], draw: st.DataObject) -> None:
+    """But in a block's payload, whose checksum is compared in the memory that it ends up in."""
+    data = draw.draw(valid)
+    message = decode(data)
+    num_payload = 0 if not isinstance(message, Frame) or isinstance(message.payload, Located) else len(message.payload)
+    bit = draw.draw(st.integers(0, 8 * (len(data) - num_payload) - 1))
+    flipped = bytearray(data)
+    flipped[bit // 8] ^= 1 << bit % 8
+    with pytest.raises(RemoteProtocolError):
+        decode(bytes(flipped))
+
+
+@pytest.mark.parametrize(("decode", "valid"), ENCODED)
 @settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(draw=st.data())
 def test_trailing_garbage_is_refused(decode: Decoder, valid: st.SearchStrategy[bytes], draw: st.DataObject) -> None:
     data = draw.draw(valid)
     with pytest.raises(RemoteProtocolError):
-        decode(data + b"\xfa\x7f\x03abc")  # a well-formed field, of a number that nobody has
+        decode(resummed(decode, data + b"\xfa\x7f\x03abc"))  # a well-formed field, of a number that nobody has
 
 
 @st.composite
 def headers(draw: st.DrawFn) -> bytes:
     scalar = st.none() | st.booleans() | st.integers(-5, 1 << 64 - 1) | st.floats() | TEXT | st.binary(max_size=5)
     items = st.sampled_from([WIRE_VERSION, 0, 4, "r.1", None]) | scalar | st.lists(scalar, max_size=3)
-    header = msgpack.packb(draw(st.lists(items, max_size=11)))
+    header = summed(msgpack.packb(draw(st.lists(items, max_size=11))))
     return b"\x01" + len(header).to_bytes(2, "big") + header + draw(st.binary(max_size=4))
 
 
@@ -212,7 +253,7 @@ def test_frame_headers_of_any_shape(data: bytes) -> None:
 
 
 def refuses(decode: Decoder, envelope: pb.FromRouter | pb.FromWorker | pb.HandoffEnvelope, match: str) -> None:
-    data = envelope.SerializeToString()
+    data = seal(envelope)
     with pytest.raises(RemoteProtocolError, match=match):
         decode(b"\x00" + data if isinstance(envelope, pb.HandoffEnvelope) else data)
 
@@ -220,7 +261,7 @@ def refuses(decode: Decoder, envelope: pb.FromRouter | pb.FromWorker | pb.Handof
 def prefill() -> pb.FromRouter:
     """A valid one, to be spoilt."""
     message = Prefill(request_with(), Generation(1), Peer(WorkerId("d"), Epoch("e"), "h:1"), 1.0)
-    return pb.FromRouter.FromString(wire.encode_from_router(message))
+    return unseal(pb.FromRouter(), wire.encode_from_router(message))
 
 
 @pytest.mark.parametrize(
@@ -275,12 +316,12 @@ def test_a_distant_version_is_refused(version: int) -> None:
 def test_a_newer_neighbour_may_have_added_fields() -> None:
     envelope = prefill()
     envelope.wire_version = WIRE_VERSION + 1
-    data = envelope.SerializeToString() + b"\xfa\x7f\x03abc"
+    data = summed(envelope.SerializeToString() + b"\xfa\x7f\x03abc")
     assert isinstance(wire.decode_from_router(data), Prefill)
 
 
 def test_a_newer_neighbour_may_have_appended_to_a_frame_s_header() -> None:
-    header = msgpack.packb([WIRE_VERSION + 1, "r.1", 1, "p", "d", 0, 9, None, 3, "news"])
+    header = summed(msgpack.packb([WIRE_VERSION + 1, "r.1", 1, "p", "d", 0, 9, None, 3, "news"]))
     frame = wire.decode_handoff(b"\x01" + len(header).to_bytes(2, "big") + header + b"abc")
     assert isinstance(frame, Frame)
     assert bytes(frame.payload) == b"abc"  # type: ignore[arg-type]
@@ -323,7 +364,7 @@ def test_columns_that_do_not_fit_together(tokens: pb.Tokens, match: str) -> None
 
 def test_hashes_that_are_no_whole_number() -> None:
     offer = Offer(FENCE, "l", "t", "n", 3, 1, (BlockHash(b"x" * 16),), (TransportOffer("grpc"),), 1.0)
-    envelope = pb.HandoffEnvelope.FromString(wire.encode_handoff(offer)[1:])
+    envelope = unseal(pb.HandoffEnvelope(), wire.encode_handoff(offer)[1:])
     envelope.offer.hashes += b"x"
     refuses(wire.decode_handoff, envelope, "17 bytes")
 

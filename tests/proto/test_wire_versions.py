@@ -20,7 +20,17 @@ from proto.handoff import Frame, HandoffMessage, Located
 from proto.layout import WIRE_VERSION, KvLayout
 from proto.wire import envelope
 from proto.wire import handoff as handoff_wire
-from tests.support.messages import CARDS, FROM_ROUTER, FROM_WORKER, HANDOFF, REPORTS
+from proto.wire.envelope import summed
+from tests.support.messages import (
+    CARDS,
+    FROM_ROUTER,
+    FROM_WORKER,
+    HANDOFF,
+    REPORTS,
+    bare,
+    bare_handoff,
+    summed_handoff,
+)
 
 NEWS = b"\xfa\x7f\x03abc"
 """A well-formed field of a number that nobody has yet."""
@@ -37,15 +47,16 @@ each_codec = pytest.mark.parametrize(("messages", "encode", "decode", "kind"), C
 
 def from_newer(data: bytes, kind: type) -> bytes:
     """What a sender of the next version would send."""
-    message = kind.FromString(data)  # type: ignore[attr-defined]
+    message = kind.FromString(bare(data))  # type: ignore[attr-defined]
     message.wire_version = WIRE_VERSION + 1
-    return bytes(message.SerializeToString()) + NEWS
+    return summed(bytes(message.SerializeToString()) + NEWS)
 
 
 def frame_of(version: int, data: bytes, *added: object) -> bytes:
-    start = 3 + int.from_bytes(data[1:3], "big")
-    header = msgpack.packb([version, *msgpack.unpackb(data[3:start])[1:], *added])
-    return b"\x01" + len(header).to_bytes(2, "big") + header + data[start:]
+    plain = bare_handoff(data)
+    start = 3 + int.from_bytes(plain[1:3], "big")
+    header = msgpack.packb([version, *msgpack.unpackb(plain[3:start])[1:], *added])
+    return summed_handoff(b"\x01" + len(header).to_bytes(2, "big") + header + plain[start:])
 
 
 def handoff_from_newer(message: HandoffMessage) -> bytes:
@@ -104,9 +115,9 @@ def test_a_newer_reader_understands_us(
 ) -> None:
     """Nothing that only the newer version has is demanded of the older one."""
     message = draw.draw(messages)
-    ours = kind.FromString(encode(message))  # type: ignore[attr-defined]
+    ours = kind.FromString(bare(encode(message)))  # type: ignore[attr-defined]
     ours.wire_version = newer - 1
-    assert decode(ours.SerializeToString()) == message
+    assert decode(summed(ours.SerializeToString())) == message
 
 
 @quick
@@ -116,9 +127,9 @@ def test_a_hand_off_to_a_newer_reader(newer: int, message: HandoffMessage) -> No
     if isinstance(message, Frame):
         ours = frame_of(newer - 1, data)
     else:
-        envelope_sent = pb.HandoffEnvelope.FromString(data[1:])
+        envelope_sent = pb.HandoffEnvelope.FromString(bare(data[1:]))
         envelope_sent.wire_version = newer - 1
-        ours = b"\x00" + envelope_sent.SerializeToString()
+        ours = b"\x00" + summed(envelope_sent.SerializeToString())
     assert same(wire.decode_handoff(ours), message)
 
 
@@ -132,10 +143,10 @@ def test_two_versions_apart_is_refused(
     kind: type,
     draw: st.DataObject,
 ) -> None:
-    message = kind.FromString(encode(draw.draw(messages)))  # type: ignore[attr-defined]
+    message = kind.FromString(bare(encode(draw.draw(messages))))  # type: ignore[attr-defined]
     message.wire_version = WIRE_VERSION + 2
     with pytest.raises(RemoteProtocolError, match="does not go with ours"):
-        decode(message.SerializeToString())
+        decode(summed(message.SerializeToString()))
 
 
 def test_a_newer_wire_does_not_make_blocks_foreign(newer: int) -> None:

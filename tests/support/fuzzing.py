@@ -22,10 +22,21 @@ from kvtransfer.transports import grpc as grpc_link
 from proto import wire
 from proto.errors import InvalidRequest, NotSupported, RemoteProtocolError
 from proto.settings import RouterSettings
+from proto.wire.envelope import summed
 from router.openai.schema import read_chat, read_completion
 from router.validate import Fields, parse_object
 from tests.support.http import served_model
-from tests.support.messages import CARDS, FROM_ROUTER, FROM_WORKER, HANDOFF, REPORTS, TEXT
+from tests.support.messages import (
+    CARDS,
+    FROM_ROUTER,
+    FROM_WORKER,
+    HANDOFF,
+    REPORTS,
+    TEXT,
+    bare,
+    bare_handoff,
+    summed_handoff,
+)
 
 _CORPUS = 100
 
@@ -152,11 +163,18 @@ _CHATS = st.fixed_dictionaries(
 )
 
 
+def _enveloped(name: str, decode: Callable[[bytes], object], valid: st.SearchStrategy[bytes]) -> Target:
+    return Target(name, lambda data: decode(summed(data)), valid.map(bare))
+
+
 @cache
 def targets() -> tuple[Target, ...]:
-    """Everything that reads bytes from another process or from a client."""
+    """Everything that reads bytes from another process or from a client.
+
+    Where there is a checksum, it is put before the damaged bytes: nothing would get past it.
+    """
     model, router = served_model(), RouterSettings()
-    handoffs = HANDOFF.map(wire.encode_handoff)
+    handoffs = HANDOFF.map(wire.encode_handoff).map(bare_handoff)
 
     def as_json(body: object) -> bytes:
         return json.dumps(body).encode()
@@ -167,16 +185,16 @@ def targets() -> tuple[Target, ...]:
 
     refusals = (InvalidRequest, NotSupported)
     return (
-        Target("from_router", wire.decode_from_router, FROM_ROUTER.map(wire.encode_from_router)),
-        Target("from_worker", wire.decode_from_worker, FROM_WORKER.map(wire.encode_from_worker)),
-        Target("handoff", wire.decode_handoff, handoffs),
+        _enveloped("from_router", wire.decode_from_router, FROM_ROUTER.map(wire.encode_from_router)),
+        _enveloped("from_worker", wire.decode_from_worker, FROM_WORKER.map(wire.encode_from_worker)),
+        Target("handoff", lambda data: wire.decode_handoff(summed_handoff(data)), handoffs),
         Target(
             "batch",
-            lambda data: [wire.decode_handoff(part) for part in grpc_link._unpacked(data)],
+            lambda data: [wire.decode_handoff(summed_handoff(bytes(part))) for part in grpc_link._unpacked(data)],
             st.lists(handoffs, max_size=4).map(batch),
         ),
-        Target("card", wire.decode_card, CARDS.map(wire.encode_card)),
-        Target("health", wire.decode_health, REPORTS.map(wire.encode_health)),
+        _enveloped("card", wire.decode_card, CARDS.map(wire.encode_card)),
+        _enveloped("health", wire.decode_health, REPORTS.map(wire.encode_health)),
         Target("worker_record", records.decode_worker, _WORKER_MAPS.map(_packed), tree=_MSGPACK),
         Target("handoff_record", records.decode_handoff, _HANDOFF_MAPS.map(_packed), tree=_MSGPACK),
         Target("ledger_event", _decode_event, _EVENT_MAPS.map(_event_bytes)),

@@ -49,6 +49,7 @@ from proto.health import HealthReport, Phase
 from proto.ids import BlockHash, Epoch, Generation, RequestId, WorkerId
 from proto.lifecycle import Stage
 from proto.request import FinishReason, Request, SamplingParams, TokenLogprobs, TokenOut
+from proto.wire.envelope import summed
 
 UINT32 = st.integers(0, (1 << 32) - 1)
 UINT64 = st.integers(0, (1 << 64) - 1)
@@ -202,3 +203,32 @@ REPORTS = st.builds(
     st.none() | SECONDS,
     st.booleans(),
 )
+
+
+# Checksums: a decoder's other checks are reached only by bytes whose checksums go with them.
+
+
+_SUM_BYTES = 4
+_FRAME = b"\x01"
+
+
+def bare(data: bytes) -> bytes:
+    """An envelope without its checksum."""
+    return data[_SUM_BYTES:]
+
+
+def bare_handoff(data: bytes) -> bytes:
+    """A hand-off message without its checksum."""
+    if data[:1] == _FRAME:
+        num_header = max(0, int.from_bytes(data[1:3], "big") - _SUM_BYTES)
+        return _FRAME + num_header.to_bytes(2, "big") + data[3 + _SUM_BYTES :]
+    return data[:1] + data[1 + _SUM_BYTES :]
+
+
+def summed_handoff(message: bytes) -> bytes:
+    """The message, bare before, with the checksum that goes with it; a frame may announce more than there is."""
+    if message[:1] == _FRAME and len(message) >= 3:
+        end = 3 + int.from_bytes(message[1:3], "big")
+        num_header = min(0xFFFF, end - 3 + _SUM_BYTES)
+        return _FRAME + num_header.to_bytes(2, "big") + summed(message[3:end]) + message[end:]
+    return message[:1] + summed(message[1:])
