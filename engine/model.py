@@ -17,7 +17,7 @@ from engine.weights import WeightSource
 from kernels.quantised import Product
 from kernels.reference import ACTIVATIONS, DenseLinear
 from kernels.reference.quantised import dequantise
-from kernels.types import AttentionSpec, Kernels, Linear, PagedKv, Ragged
+from kernels.types import AttentionSpec, HeadNorm, Kernels, Linear, PagedKv, Places, Ragged
 from proto.errors import UnsupportedModel
 
 _CPU_MLP_TOKENS = 512
@@ -47,29 +47,24 @@ class Attention:
         self._layer = layer
         self._spec = AttentionSpec(scale=spec.head_dim**-0.5, window=spec.windows[layer])
         self._heads, self._kv_heads, self._head_dim = spec.num_heads, spec.kv_heads, spec.head_dim
-        self._eps = spec.norm_eps
         name = f"model.layers.{layer}.self_attn"
         query, kv = spec.num_heads * spec.head_dim, spec.kv_heads * spec.head_dim
         parts = [f"{name}.{part}_proj" for part in "qkv"]
         self._qkv = _linear(kernels, source, parts, query + 2 * kv, spec.hidden_size, spec.qkv_bias)
         self._out = _linear(kernels, source, [f"{name}.o_proj"], spec.hidden_size, query, spec.o_bias)
-        self._qk_norm: Tensor | None = None
+        self._norm: HeadNorm | None = None
         if spec.qk_norm:
             q_norm, k_norm = (source.take([f"{name}.{part}_norm.weight"], (spec.head_dim,)) for part in "qk")
-            self._qk_norm = torch.cat(
+            weight = torch.cat(
                 (q_norm.expand(spec.num_heads, spec.head_dim), k_norm.expand(spec.kv_heads, spec.head_dim))
             )
+            self._norm = HeadNorm(weight, spec.norm_eps)
 
-    def __call__(self, x: Tensor, step: StepInputs, kv: PagedKv, cos: Tensor, sin: Tensor) -> Tensor:
+    def __call__(self, x: Tensor, batch: Ragged, places: Places, kv: PagedKv) -> Tensor:
         """``x [tokens, hidden]`` to the heads' outputs ``[tokens, heads * head_dim]``; writes the tokens' KV."""
         qkv = self._qkv(x).view(-1, self._heads + 2 * self._kv_heads, self._head_dim)
-        rotated = qkv[:, : -self._kv_heads]
-        if self._qk_norm is not None:
-            rotated = self._kernels.rms_norm(rotated, self._qk_norm, self._eps)
-        rotated = self._kernels.rotate(rotated, cos, sin)
-        query, key, value = rotated[:, : self._heads], rotated[:, self._heads :], qkv[:, -self._kv_heads :]
-        self._kernels.write_kv(kv, self._layer, step.blocks, step.offsets, torch.stack((key, value), 1))
-        out = self._kernels.attend(query, kv, self._layer, step.batch, self._spec)
+        query = self._kernels.rotate_and_write(qkv, self._norm, places, kv, self._layer)
+        out = self._kernels.attend(query, kv, self._layer, batch, self._spec)
         return out.flatten(1)
 
     def project(self, heads: Tensor) -> Tensor:
@@ -102,7 +97,7 @@ class GatedMlp:
 
 
 class Layer:
-    """Attention, then the MLP, each behind a norm and added to the residual stream."""
+    """Attention, then the MLP, each behind a norm and added to the residual stream: by the next norm, in one pass."""
 
     def __init__(self, spec: ModelSpec, layer: int, source: WeightSource, kernels: Kernels) -> None:
         self._kernels = kernels
@@ -114,14 +109,25 @@ class Layer:
         self._mlp = GatedMlp(spec, layer, source, kernels)
 
     def __call__(
-        self, x: Tensor, step: StepInputs, kv: PagedKv, cos: Tensor, sin: Tensor, only: Tensor | None = None
-    ) -> Tensor:
-        """``x [tokens, hidden]`` to the same; with ``only``, all tokens' KV is written but just those rows go on."""
-        heads = self._attention(self._kernels.rms_norm(x, self._attention_norm, self._eps), step, kv, cos, sin)
+        self,
+        x: Tensor,
+        residual: Tensor | None,
+        batch: Ragged,
+        places: Places,
+        kv: PagedKv,
+        only: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """What the layer before adds to the ``residual`` stream (None: nothing was before), to the same of this layer.
+
+        ``[tokens, hidden]``; with ``only``, all tokens' KV is written but just those rows go on.
+        """
+        add_norm = self._kernels.add_norm
+        x, residual = add_norm(x, residual, self._attention_norm, self._eps)
+        heads = self._attention(x, batch, places, kv)
         if only is not None:
-            heads, x = heads[only], x[only]
-        x = x + self._attention.project(heads)
-        return x + self._mlp(self._kernels.rms_norm(x, self._mlp_norm, self._eps))
+            heads, residual = heads[only], residual[only]
+        x, residual = add_norm(self._attention.project(heads), residual, self._mlp_norm, self._eps)
+        return self._mlp(x), residual
 
 
 class Decoder:
@@ -147,12 +153,12 @@ class Decoder:
     @torch.inference_mode()
     def forward(self, step: StepInputs, kv: PagedKv) -> Tensor:
         """float32 logits ``[len(step.logit_rows), vocab_size]``. Writes all tokens' keys and values into ``kv``."""
-        cos, sin = self._rope.angles(step.positions)
-        x = self._embedding.rows(step.tokens)
+        places = Places(*self._rope.angles(step.positions), step.blocks, step.offsets)
+        x, residual = self._embedding.rows(step.tokens), None
         for layer in self._layers[:-1]:
-            x = layer(x, step, kv, cos, sin)
-        x = self._layers[-1](x, step, kv, cos, sin, only=step.logit_rows)
-        x = self.kernels.rms_norm(x, self._norm, self.spec.norm_eps)
+            x, residual = layer(x, residual, step.batch, places, kv)
+        x, residual = self._layers[-1](x, residual, step.batch, places, kv, only=step.logit_rows)
+        x, _ = self.kernels.add_norm(x, residual, self._norm, self.spec.norm_eps)
         return self._head(x).float()
 
 

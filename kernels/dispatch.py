@@ -13,10 +13,9 @@ from kernels.types import Kernels, KernelsUnavailable
 REFERENCE = Kernels(
     name="torch",
     linear=reference.linear,
-    rms_norm=reference.rms_norm,
-    rotate=reference.rotate,
+    add_norm=reference.add_norm,
+    rotate_and_write=reference.rotate_and_write,
     gate=reference.gate,
-    write_kv=reference.write_kv,
     attend=reference.attend,
     gumbel=noise.gumbel,
 )
@@ -60,8 +59,8 @@ def _on_tiles(compiled: native.NativeKernels, other: Kernels) -> Kernels:
         other,
         name="amx" if other is REFERENCE else f"amx, {other.name}",
         linear=compiled.linear,
-        rms_norm=compiled.rms_norm,
-        rotate=compiled.rotate,
+        add_norm=compiled.add_norm,
+        rotate_and_write=compiled.rotate_and_write,
         gate=compiled.gate,
         attend=compiled.attend,
         gumbel=compiled.gumbel,

@@ -62,6 +62,28 @@ class PagedKv:
 
 
 @dataclass(frozen=True, slots=True)
+class Places:
+    """Where each token of a step stands: the angles its heads are turned by, and the slot of its keys and values.
+
+    ``cos``, ``sin``: float32 ``[tokens, 1, head_dim]``, the first half of ``sin`` negated already. ``blocks``,
+    ``offsets``: int64 ``[tokens]``.
+    """
+
+    cos: Tensor
+    sin: Tensor
+    blocks: Tensor
+    offsets: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class HeadNorm:
+    """Root-mean-square norms of single heads: ``weight [heads + kv_heads, head_dim]``, of queries and then keys."""
+
+    weight: Tensor
+    eps: float
+
+
+@dataclass(frozen=True, slots=True)
 class AttentionSpec:
     """How a layer weighs the tokens before: softmax of ``scale * query @ key``.
 
@@ -83,10 +105,9 @@ class Kernels:
 
     name: str
     linear: Callable[[Sequence[Tensor], Tensor | None], Linear]
-    rms_norm: Callable[[Tensor, Tensor, float], Tensor]
-    rotate: Callable[[Tensor, Tensor, Tensor], Tensor]
+    add_norm: Callable[[Tensor, Tensor | None, Tensor, float], tuple[Tensor, Tensor]]
+    rotate_and_write: Callable[[Tensor, HeadNorm | None, Places, PagedKv, int], Tensor]
     gate: Callable[[Tensor, str], Tensor]
-    write_kv: Callable[[PagedKv, int, Tensor, Tensor, Tensor], None]
     attend: Callable[[Tensor, PagedKv, int, Ragged, AttentionSpec], Tensor]
     gumbel: Callable[[Sequence[int], int, torch.device], Tensor]
     """As ``kernels.noise.gumbel``."""

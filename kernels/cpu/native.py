@@ -15,10 +15,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from kernels import reference
 from kernels.cpu import library
 from kernels.cpu.library import Function, declare
 from kernels.cpu.memory import empty_weights
-from kernels.types import AttentionSpec, Kernels, KernelsUnavailable, Linear, PagedKv, Ragged
+from kernels.types import AttentionSpec, HeadNorm, Kernels, KernelsUnavailable, Linear, PagedKv, Places, Ragged
 
 log = logging.getLogger(__name__)
 
@@ -41,10 +42,20 @@ class NativeKernels:
             return self._other.linear(parts, bias)
         return PackedLinear(self._pack, self._linear, parts, bias)
 
+    def add_norm(self, x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        total = x if residual is None else residual + x
+        return self.rms_norm(total, weight, eps), total
+
+    def rotate_and_write(self, qkv: Tensor, norm: HeadNorm | None, places: Places, kv: PagedKv, layer: int) -> Tensor:
+        if qkv.shape[2] % 32 or not _is_dense(qkv):
+            return self._other.rotate_and_write(qkv, norm, places, kv, layer)
+        return reference.rotate_and_write_by(self.rms_norm, self.rotate, qkv, norm, places, kv, layer)
+
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         tokens, heads, n = (x.shape[0], 1, x.shape[1]) if x.dim() == 2 else x.shape
         if n % 16 or not _is_dense(x):
-            return self._other.rms_norm(x, weight, eps)
+            normed, _ = self._other.add_norm(x, None, weight, eps)
+            return normed
         out = torch.empty(x.shape, dtype=x.dtype)
         threads = torch.get_num_threads()
         self._rms_norm(x.data_ptr(), weight.data_ptr(), out.data_ptr(), tokens, heads, n, x.stride(0), eps, threads)
@@ -52,8 +63,6 @@ class NativeKernels:
 
     def rotate(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         tokens, heads, n = x.shape
-        if n % 32 or not _is_dense(x):
-            return self._other.rotate(x, cos, sin)
         out = torch.empty(x.shape, dtype=x.dtype)
         threads = torch.get_num_threads()
         self._rotate(

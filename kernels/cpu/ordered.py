@@ -17,7 +17,7 @@ from torch import Tensor
 from kernels import noise, reference
 from kernels.cpu import library
 from kernels.cpu.memory import empty_weights
-from kernels.types import AttentionSpec, Kernels, Linear, PagedKv, Ragged
+from kernels.types import AttentionSpec, HeadNorm, Kernels, Linear, PagedKv, Places, Ragged
 
 MAX_HEAD_DIM = 256
 DTYPES = (torch.float32, torch.bfloat16)
@@ -40,6 +40,13 @@ class OrderedKernels:
 
     def linear(self, parts: Sequence[Tensor], bias: Tensor | None) -> Linear:
         return OrderedLinear(self._pack, self._linear, self._panel_width, parts, bias)
+
+    def add_norm(self, x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        total = x if residual is None else residual + x
+        return self.rms_norm(total, weight, eps), total
+
+    def rotate_and_write(self, qkv: Tensor, norm: HeadNorm | None, places: Places, kv: PagedKv, layer: int) -> Tensor:
+        return reference.rotate_and_write_by(self.rms_norm, self.rotate, qkv, norm, places, kv, layer)
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         tokens, heads, n = (x.shape[0], 1, x.shape[1]) if x.dim() == 2 else x.shape
@@ -156,10 +163,9 @@ def make() -> Kernels:
     return Kernels(
         name="ordered",
         linear=ordered.linear,
-        rms_norm=ordered.rms_norm,
-        rotate=ordered.rotate,
+        add_norm=ordered.add_norm,
+        rotate_and_write=ordered.rotate_and_write,
         gate=ordered.gate,
-        write_kv=reference.write_kv,
         attend=ordered.attend,
         gumbel=gumbel,
         is_batch_invariant=True,

@@ -2,11 +2,13 @@
 
 from kernels.reference.attention import attend, attend_chunk, attend_decode, quantise_kv, widen_kv, write_kv
 from kernels.reference.elementwise import ACTIVATIONS, gate, rms_norm, rotate
+from kernels.reference.fused import add_norm, rotate_and_write, rotate_and_write_by
 from kernels.reference.linear import DenseLinear, linear
 
 __all__ = [
     "ACTIVATIONS",
     "DenseLinear",
+    "add_norm",
     "attend",
     "attend_chunk",
     "attend_decode",
@@ -15,6 +17,8 @@ __all__ = [
     "quantise_kv",
     "rms_norm",
     "rotate",
+    "rotate_and_write",
+    "rotate_and_write_by",
     "widen_kv",
     "write_kv",
 ]

@@ -14,7 +14,7 @@ import torch
 from kernels import noise, reference
 from kernels.cpu import library, native
 from kernels.dispatch import REFERENCE
-from kernels.types import AttentionSpec, ChunkSpan, PagedKv, Ragged
+from kernels.types import AttentionSpec, ChunkSpan, PagedKv, Places, Ragged
 
 BFLOAT = torch.bfloat16
 
@@ -127,6 +127,10 @@ def test_elementwise(kernels: native.NativeKernels, tokens: int) -> None:
     close(kernels.rms_norm(flat, weight, 1e-5), reference.rms_norm(flat.float(), weight.float(), 1e-5))
     cos, sin = torch.randn(2, tokens, 1, 64)
     close(kernels.rotate(x[:, :6], cos, sin), reference.rotate(x[:, :6].float(), cos, sin))
+    residual = torch.randn(tokens, 640).to(BFLOAT)
+    normed, total = kernels.add_norm(flat, residual, weight, 1e-5)
+    assert torch.equal(total, flat + residual)
+    assert torch.equal(normed, kernels.rms_norm(total, weight, 1e-5))
     close(kernels.gate(flat, "silu"), reference.gate(flat.float(), "silu"))
 
 
@@ -149,8 +153,11 @@ def test_gate_at_the_ends_of_the_range(kernels: native.NativeKernels) -> None:
 def test_shapes_that_tiles_do_not_take_go_to_the_reference(kernels: native.NativeKernels) -> None:
     assert isinstance(kernels.linear([torch.randn(8, 24).to(BFLOAT)], None), reference.DenseLinear)
     x = torch.randn(3, 4, 24).to(BFLOAT)
-    cos, sin = torch.randn(2, 3, 1, 24)
-    assert torch.equal(kernels.rotate(x, cos, sin), reference.rotate(x, cos, sin))
+    places = Places(*torch.randn(2, 3, 1, 24), torch.tensor([0, 0, 1]), torch.tensor([2, 3, 0]))
+    written = [PagedKv(torch.zeros(2, 1, 2, 4, 1, 24).to(BFLOAT)) for _ in range(2)]
+    found = kernels.rotate_and_write(x, None, places, written[0], 0)
+    assert torch.equal(found, reference.rotate_and_write(x, None, places, written[1], 0))
+    assert torch.equal(written[0].data, written[1].data)
     weight = torch.rand(24).to(BFLOAT)
     assert torch.equal(kernels.rms_norm(x[:, 0], weight, 1e-5), reference.rms_norm(x[:, 0], weight, 1e-5))
     assert torch.equal(kernels.gate(x[:, 0], "gelu"), reference.gate(x[:, 0], "gelu"))

@@ -6,6 +6,7 @@ import itertools
 import logging
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ import torch
 from kernels import noise, reference
 from kernels.cpu import library, ordered
 from kernels.dispatch import choose_batch_invariant
-from kernels.types import AttentionSpec, ChunkSpan, Kernels, KernelsUnavailable, PagedKv, Ragged
+from kernels.types import AttentionSpec, ChunkSpan, HeadNorm, Kernels, KernelsUnavailable, PagedKv, Places, Ragged
 
 CPU = torch.device("cpu")
 DTYPES = [torch.float32, torch.bfloat16]
@@ -59,6 +60,16 @@ def test_linear(kernels: Kernels, rows: int, columns: int, dtype: torch.dtype) -
     assert torch.equal(linear(x), found)
 
 
+def rotate_and_write(
+    kernels: Any, x: torch.Tensor, norm: HeadNorm | None, cos: torch.Tensor, sin: torch.Tensor
+) -> torch.Tensor:
+    """``x`` as three query heads, a key and a value: the queries, and what was written, ``[tokens, 5, n]``."""
+    slots = torch.arange(len(x))
+    kv = PagedKv(torch.zeros(len(x) // 4 + 1, 1, 2, 4, 1, x.shape[2], dtype=x.dtype))
+    query = kernels.rotate_and_write(x, norm, Places(cos, sin, slots // 4, slots % 4), kv, 0)
+    return torch.cat((query, kv.data[:, 0].transpose(1, 2).flatten(0, 1)[: len(x)].squeeze(2)), 1)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("n", [16, 20, 64])
 def test_elementwise(kernels: Kernels, n: int, dtype: torch.dtype) -> None:
@@ -66,9 +77,10 @@ def test_elementwise(kernels: Kernels, n: int, dtype: torch.dtype) -> None:
     per_head, weight, flat = torch.rand(4, n).to(dtype), torch.rand(5 * n).to(dtype), x.flatten(1)[:, : 4 * n]
     cos, sin = torch.randn(2, 301, 1, n)
     cases = {
-        "heads": lambda k, x, c, s: k.rms_norm(x[:, :4], per_head.to(x.dtype), 1e-5),
-        "norm": lambda k, x, c, s: k.rms_norm(x.flatten(1), weight.to(x.dtype), 1e-5),
-        "rotate": lambda k, x, c, s: k.rotate(x[:, :4], c, s),
+        "norm": lambda k, x, c, s: k.add_norm(x.flatten(1), None, weight.to(x.dtype), 1e-5)[0],
+        "add": lambda k, x, c, s: torch.cat(k.add_norm(x.flatten(1), x.flatten(1), weight.to(x.dtype), 1e-5), 1),
+        "rotate": lambda k, x, c, s: rotate_and_write(k, x, None, c, s),
+        "norm and rotate": lambda k, x, c, s: rotate_and_write(k, x, HeadNorm(per_head.to(x.dtype), 1e-5), c, s),
         "silu": lambda k, x, c, s: k.gate(x[:, :4].flatten(1), "silu"),
         "gelu": lambda k, x, c, s: k.gate(x[:, :4].flatten(1), "gelu"),
         "tanh": lambda k, x, c, s: k.gate(x[:, :4].flatten(1), "gelu_pytorch_tanh"),
