@@ -19,7 +19,7 @@ LARGE_FRAME = 2048
 _PREFACE = len(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n")
 
 
-@dataclass
+@dataclass(slots=True)
 class Weather:
     """The state of the network for the connections of one kind of client. Change it with ``Proxy.set``."""
 
