@@ -12,11 +12,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from engine import build, machine
+from engine import machine
 from engine.build import EngineParts, load_engine_parts
 from engine.config_file import ConfigFile
 from engine.quantisation import Quantisation, Rounding, StoredSource, read_quantisation
 from engine.weights import SafetensorsSource
+from kernels import dispatch
 from kernels.dispatch import REFERENCE
 from kernels.quantised import CodedMatrix, Matrix, ScaledMatrix
 from kernels.reference import quantised as twins
@@ -169,7 +170,7 @@ def test_what_kernels_multiply_quantised_is_near_to_what_is_multiplied_plain(
         seen.extend(parts)
         return twins.linear(parts, bias)
 
-    monkeypatch.setattr(build.dispatch, "choose", lambda device, dtype: replace(REFERENCE, quantised=linear))
+    monkeypatch.setattr(dispatch, "choose", lambda device, dtype: replace(REFERENCE, quantised=linear))
     found = tokens_of(quantised)
     assert len(seen) == 2 * 7
     if name == "awq":
@@ -381,7 +382,7 @@ def test_weights_that_fit_only_quantised(plain: Path, monkeypatch: pytest.Monkey
     with pytest.raises(DoesNotFit, match=r"x 4 bytes \(float32 of nf4 \(groups of 64, rounded at load\)\)"):
         parts_of(plain, quantization="nf4")
     kernels = replace(REFERENCE, quantised=twins.linear)
-    monkeypatch.setattr(build.dispatch, "choose", lambda device, dtype: kernels)
+    monkeypatch.setattr(dispatch, "choose", lambda device, dtype: kernels)
     parts = parts_of(plain, quantization="nf4")
     assert "; nf4 (groups of 64, rounded at load), the rest float32" in parts.facts.numerics
     monkeypatch.setattr(machine, "available_memory", lambda device: num_parameters)
