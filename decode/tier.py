@@ -169,8 +169,8 @@ class DecodeTier:
     def _run(self, seat: Seat, request: Request, choices: tuple[SealedChoice, ...]) -> None:
         """The KV is here and the request is known. The first tokens are P's; they are repeated to the router, which
         counts, for the case that P died before it could say them itself."""
-        if tuple(self._host.parts.hasher.all_blocks(request.prompt, request.cache_salt)) != seat.hashes:
-            log.error("request %s: the KV that came is of another prompt; it is dropped", request.id)
+        if tuple(self._host.parts.hasher.all_blocks(request.prefix, request.cache_salt)) != seat.hashes:
+            log.error("request %s: the KV that came is of other tokens; it is dropped", request.id)
             self._host.tell(lambda core: core.cancel(seat.key))
             self._compute(seat, request)
             return
@@ -197,10 +197,10 @@ class DecodeTier:
     def _first_tokens(self, request: Request, first: list[int]) -> list[TokenOut]:
         rules = FinishRules.of(request, self._host.parts.facts)
         tokens = []
-        for choice, token in enumerate(first):
-            ending = rules.ending(0, token)
+        for choice, (position, token) in enumerate(zip(request.num_forced, first, strict=False)):
+            ending = rules.ending(position, token)
             finish, stop_token = (ending.reason, ending.stop_token) if ending else (None, None)
-            tokens.append(TokenOut(request.id, choice, 0, token, finish=finish, stop_token=stop_token))
+            tokens.append(TokenOut(request.id, choice, position, token, finish=finish, stop_token=stop_token))
         return tokens
 
     async def _admit(self, seat: Seat, answer: asyncio.Future[None]) -> None:

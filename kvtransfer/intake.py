@@ -63,6 +63,6 @@ class Intake(Protocol):
     async def freed(self, fence: Fence, num_verified: int, reason: str) -> None:
         """Give the reservation back; its first ``num_verified`` blocks are right. No copy into it is running.
 
-        ``reason`` ``"corrupt"``: compute the prompt here instead, P has let go. After ``adopted`` this means that P or
-        the router took the request back: abort it.
+        ``reason`` ``"corrupt"``: compute the prompt here instead, and tell the router, so that P may let go. After
+        ``adopted`` this means that P or the router took the request back: abort it.
         """

@@ -181,7 +181,7 @@ class Receiver:
             case Placed.DAMAGED:
                 self._outputs.append(Nack(self._offer.fence, index))
             case Placed.HOPELESS:
-                # P is to keep nothing for a try that goes on without it.
+                # P need send no more; the router, which hears of it from our tier, lets go of what P holds.
                 self._free(Ours.FREE, CORRUPT, Stale(self._offer.fence, self._offer.fence.generation))
                 return
         self._settle()

@@ -212,7 +212,7 @@ class Sender:
     def withdraw(self, reason: str) -> None:
         """Aborted, or finished at the first token. May be called in any state, and twice."""
         if not self.is_released:
-            self._release(Ours.RELEASE, reason, tell=True)
+            self._release(reason, tell=True)
 
     def renew(self, lease_s: float, now: float) -> None:
         """The lease ends ``lease_s`` from now; the decode worker learns it with the next repeat of the Offer."""
@@ -230,7 +230,7 @@ class Sender:
         if self.is_released:
             return
         if now >= self._lease_end:
-            self._release(Ours.RELEASE, "the lease has ended", tell=True)
+            self._release("the lease has ended", tell=True)
         elif self._is_open and not self._outbox and now >= self._next_repeat():
             self._repeat(now)
 
@@ -309,14 +309,15 @@ class Sender:
     def _adopted(self) -> None:
         self._move(Theirs.ADOPTED)
         self._notices.append(Delivered())
-        self._release(Ours.RELEASE, "adopted", tell=False)
+        self._release("adopted", tell=False)
 
     def _outdated(self, highest: Generation) -> None:
         if highest < self.fence.generation:
             # It never saw this try: another incarnation answers at the address of the one we mean, which is lost.
             self._hold(Ours.LOST, Held(None, "the decode worker has restarted"))
         else:
-            self._release(Theirs.STALE, "this try is over at the decode worker", tell=False)
+            # Whoever ended it may have another in mind for the blocks: only the router and the lease let go of them.
+            self._hold(Theirs.STALE, Held(RefuseReason.STALE, "this try is over at the decode worker"))
 
     # How moves are made.
 
@@ -352,9 +353,9 @@ class Sender:
         self._outbox.close(None)
         self._notices.append(notice)
 
-    def _release(self, event: Ours | Theirs, reason: str, *, tell: bool) -> None:
+    def _release(self, reason: str, *, tell: bool) -> None:
         farewell = Withdraw(self.fence, reason) if tell and self._is_open else None
-        self._move(event)
+        self._move(Ours.RELEASE)
         self._outbox.close(farewell)
         self._notices.append(Released(reason))
 

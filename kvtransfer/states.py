@@ -2,8 +2,9 @@
 
     P   HELD ─▶ OFFERED ─▶ STREAMING ─▶ SEALED ─▶ ADOPTED ─▶ RELEASED
          ▲         │           │           │
-         └─────────┴───────────┴───────────┘   Refuse, or D is lost: the blocks are kept, the router is told
+         └─────────┴───────────┴───────────┘   Refuse, Stale, or D is lost: the blocks are kept, the router is told
         Redirect: to OFFERED, under the next generation. Abort or the lease's end: to RELEASED, from any state.
+        A D that will not have them ends its try alone: P holds them for the router, whose Redirect may be on its way.
 
     D   IDLE ─▶ ASKING ─▶ RESERVED ─▶ RECEIVING ─▶ SEALED ─▶ VERIFIED ─▶ ADOPTED ─▶ RUNNING ─▶ DONE
         Abort, Withdraw, P lost before SEALED, a newer try, or the lease's end: to FREED, from any state.
@@ -93,11 +94,11 @@ SEND: Table[SendState] = {
     (_A, Ours.RELEASE): _R,
     # Blocks and their answers; a Grant may come again, since an Offer may be sent again.
     **{(state, event): state for state in (_ST, _SE) for event in (Theirs.GRANT, Theirs.ACK, Theirs.NACK)},
-    # D will not have it, or D is gone: kept for another D.
-    **{(state, event): _H for state in (_O, _ST, _SE) for event in (Theirs.REFUSE, Ours.LOST)},
+    # D will not have it, the try is over there, or D is gone: kept for another D.
+    **{(state, event): _H for state in (_O, _ST, _SE) for event in (Theirs.REFUSE, Theirs.STALE, Ours.LOST)},
     **{(state, Ours.REDIRECT): _O for state in (_H, _O, _ST, _SE)},
-    # Our abort, our lease's end, or news that this try is over.
-    **{(state, event): _R for state in (_H, _O, _ST, _SE) for event in (Ours.RELEASE, Theirs.STALE)},
+    # Our abort, or our lease's end.
+    **{(state, Ours.RELEASE): _R for state in (_H, _O, _ST, _SE)},
 }
 
 _ID, _AS, _RE, _RC, _DS, _V, _AD, _RU, _DO, _F = ReceiveState

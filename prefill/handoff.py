@@ -37,9 +37,9 @@ class Dispatcher:
             layout=layout.fingerprint(),
             layout_text=layout.describe(),
             numerics=parts.facts.numerics,
-            num_tokens=len(request.prompt),
+            num_tokens=len(request.prefix),
             num_choices=request.params.n,
-            hashes=tuple(parts.hasher.all_blocks(request.prompt, request.cache_salt)),
+            hashes=tuple(parts.hasher.all_blocks(request.prefix, request.cache_salt)),
             transports=transport_offers(self._transports, parts.kv),
             lease_s=job.lease_s,
         )

@@ -1,8 +1,8 @@
 """The prefill tier's decisions: whose prompt is computed, when its blocks are offered, and when they are let go.
 
     Prefill ──▶ QUEUED ──engine starts──▶ PREFILLING, Offer ──Grant──▶ STREAMING ──▶ SEALED ──Adopted──▶ released
-                                                        └─ Refuse, or D lost: held under the lease; the router is told,
-                                                           and answers with Redirect or Abort
+                                                        └─ Refuse, Stale, or D lost: held under the lease; the router
+                                                           is told, and answers with Redirect or Abort
 
 Runs on the event loop. Knows nothing of HTTP, of text, or of how a hand-off's messages travel.
 """
@@ -41,6 +41,7 @@ _BACKSTOP_S = 1.0
 _WHY_HELD: dict[RefuseReason | str, RejectReason] = {
     PEER_LOST: RejectReason.PEER_LOST,
     RefuseReason.MISMATCH: RejectReason.MISMATCH,
+    RefuseReason.STALE: RejectReason.STALE,
 }
 
 
@@ -251,7 +252,11 @@ class PrefillTier:
         return held
 
     def adopted(self, job: Job, num_bytes: int, duration_s: float) -> None:
+        """The router hears of it from here as well: it is to know that nothing can be redirected any more, also where
+        the decode worker cannot tell it."""
         self._metrics.transferred(job.transport, num_bytes, duration_s)
+        if job.key in self._by_key:
+            self._progress(job, Stage.ADOPTED)
 
     def released(self, job: Job) -> None:
         """Nothing reads the blocks any more."""

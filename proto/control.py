@@ -44,7 +44,8 @@ class Hello:
 
 @dataclass(frozen=True, slots=True)
 class Prefill:
-    """Compute this prompt and hand its blocks to ``decode``. Blocks are kept for ``lease_s`` unless renewed."""
+    """Compute this prompt, and what a resumed request of one choice has already (``request.forced``), sample the next
+    token of every choice, and hand the blocks to ``decode``. They are kept for ``lease_s`` unless renewed."""
 
     request: Request
     generation: Generation
@@ -65,7 +66,7 @@ class Redirect:
 class Attach:
     """Stream me this request's tokens from ``position`` on (per choice; for a new one, zeros).
 
-    ``local``: D computes the prompt itself (conditional disaggregation, or a resume: ``request.forced``). Otherwise the
+    ``local``: D computes the prompt itself, and what a resumed request has already (``request.forced``). Otherwise the
     KV comes by a hand-off under ``generation``, before or after this message.
     """
 
@@ -140,6 +141,7 @@ class RejectReason(enum.Enum):
     PEER_LOST = "peer_lost"
     """(P) D is gone before Adopted; the blocks are HELD. (D) P is gone before Seal; everything is freed."""
     STALE = "stale"
+    """This try is over. (P, held) It is over at D, which knows why and tells its router; the blocks are HELD."""
     UNKNOWN = "unknown"
     """(D) Nothing is known of the request to attach to, or (P) to redirect."""
 

@@ -147,7 +147,8 @@ class Adopted:
 
 @dataclass(frozen=True, slots=True)
 class Stale:
-    """Refused: another epoch, or a generation below ``highest``. The side that gets it frees what it holds."""
+    """Refused: another epoch, or a try that is over; ``highest`` is the newest one seen. D frees what it has reserved.
+    P keeps its blocks, which may be for another try: only the router and the lease let go of them."""
 
     fence: Fence
     highest: Generation

@@ -183,6 +183,17 @@ class Request:
     def is_resumed(self) -> bool:
         return any(self.forced)
 
+    @property
+    def prefix(self) -> tuple[int, ...]:
+        """The tokens that all its choices have in common, whose KV can change owner: the prompt, and behind it what a
+        single choice has generated already."""
+        return self.prompt + self.forced[0] if len(self.forced) == 1 else self.prompt
+
+    @property
+    def num_forced(self) -> tuple[int, ...]:
+        """Per choice, the position of the next token to be sampled."""
+        return tuple(len(tokens) for tokens in self.forced) or (0,) * self.params.n
+
 
 @dataclass(frozen=True, slots=True)
 class TokenLogprobs:

@@ -81,10 +81,10 @@ class TokenAssembly:
         """Whether any token is accepted: from here on a retry carries tokens."""
         return any(choice.tokens for choice in self._choices)
 
-    @property
-    def lacks_first(self) -> bool:
-        """Whether a running choice still waits for its first token."""
-        return any(not choice.tokens and not choice.is_done for choice in self._choices)
+    def lacks(self, positions: tuple[int, ...]) -> bool:
+        """Whether a running choice still waits for its token at the position given for it, or for an earlier one."""
+        both = zip(self._choices, positions, strict=True)
+        return any(len(choice.tokens) <= position and not choice.is_done for choice, position in both)
 
     def finishes(self) -> tuple[FinishReason, ...]:
         """Why each choice that is over ended; a stop string is a stop."""

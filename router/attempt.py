@@ -129,6 +129,8 @@ SILENCE: Listener = _Silence()
 class Try:
     """One generation. ``prefill`` is None once it is of no more use; ``decode`` is None while none is found."""
 
+    request: Request
+    """As its workers were sent it: a resume carries the tokens that the client had when it began."""
     generation: Generation
     prefill: Candidate | None
     prefill_since: Generation
@@ -139,20 +141,23 @@ class Try:
     attach: Attach | None = None
     """What the decode worker was told."""
 
-    def following(self, decision: Decision, *, keeps_prefill: bool) -> Try:
+    def following(self, request: Request, decision: Decision, *, keeps_prefill: bool) -> Try:
         """The next generation: with the blocks that ``prefill`` holds, or from the start."""
         generation = Generation(self.generation + 1)
         if keeps_prefill:
-            return Try(generation, self.prefill, self.prefill_since, decision.decode, local=False)
-        return Try(generation, decision.prefill, generation, decision.decode, decision.local)
+            return Try(request, generation, self.prefill, self.prefill_since, decision.decode, local=False)
+        return Try(request, generation, decision.prefill, generation, decision.decode, decision.local)
 
-    def orders(
-        self, request: Request, positions: tuple[int, ...], lease_s: float
-    ) -> Iterator[tuple[Candidate, FromRouter]]:
+    @property
+    def is_relayed(self) -> bool:
+        """A resume by way of a prefill worker, whose end the decode worker has not confirmed yet."""
+        return self.request.is_resumed and not self.local and not self.adopted
+
+    def orders(self, lease_s: float) -> Iterator[tuple[Candidate, FromRouter]]:
         """What its workers are told: first the decode worker, so that it expects what the prefill worker offers."""
-        decode = self.decode
+        request, decode = self.request, self.decode
         assert decode is not None
-        self.attach = Attach(request, self.generation, self.local, lease_s, positions)
+        self.attach = Attach(request, self.generation, self.local, lease_s, request.num_forced)
         yield decode, self.attach
         if self.prefill is None:
             return
@@ -161,6 +166,23 @@ class Try:
             yield self.prefill, Prefill(request, self.generation, peer, lease_s)
         else:
             yield self.prefill, Redirect(request.id, self.generation, peer)
+
+    def leave(self, *, keep_prefill: bool) -> Iterator[tuple[Candidate, FromRouter]]:
+        """Its workers are told to let go, and are none of its any more."""
+        abort = self.abort()
+        if self.decode is not None:
+            yield self.decode, abort
+            self.decode = None
+        if self.prefill is not None and not keep_prefill:
+            yield self.prefill, abort
+            self.prefill = None
+
+    def go_on_alone(self) -> Iterator[tuple[Candidate, FromRouter]]:
+        """The blocks came damaged, and the decode worker computes the prompt itself: they are of no more use."""
+        self.local = True
+        if self.prefill is not None:
+            yield self.prefill, self.abort()
+            self.prefill = None
 
     def attach_again(self, positions: tuple[int, ...]) -> Iterator[tuple[Candidate, FromRouter]]:
         """For a decode worker whose stream broke: its tokens from ``positions`` on, under the same generation."""
@@ -185,17 +207,25 @@ class Try:
             prefill_has_blocks=self.prefill is not None and not self.adopted,
             adopted=self.adopted or self.local,
             started=assembly.is_started,
-            lacks_first=not self.local and assembly.lacks_first,
+            lacks_first=not self.local and assembly.lacks(self.request.num_forced),
         )
+
+    def limit(self, stage: Stage, assembly: TokenAssembly, limits: StageLimits) -> float:
+        """Seconds within which there is to be news of it."""
+        is_decoding = stage is Stage.DECODING
+        if self.local:
+            return limits.of(stage, is_computed=is_decoding, has_decode=is_decoding)
+        is_computed = not assembly.lacks(self.request.num_forced)
+        return limits.of(stage, is_computed=is_computed, has_decode=self.adopted)
 
     def side_of(self, epoch: Epoch) -> Side | None:
         if self.decode is not None and self.decode.epoch == epoch:
             return Side.DECODE
         return Side.PREFILL if self.prefill is not None and self.prefill.epoch == epoch else None
 
-    def abort(self, request: RequestId) -> Abort:
+    def abort(self) -> Abort:
         """Outlaws this try, and those before it."""
-        return Abort(request, self.generation)
+        return Abort(self.request.id, self.generation)
 
     def admits(self, epoch: Epoch, generation: Generation) -> Side | None:
         """The side that speaks; None: an older try's, or nobody of this one. A redirect does not outlaw what P sent."""

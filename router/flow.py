@@ -234,10 +234,13 @@ class Flow:
         self, request: Request, way: Way, avoid: frozenset[Epoch], numerics: str, *, is_new: bool = False
     ) -> Decision:
         self._turn += 1
+        hashes = self._hashes[request.id]
+        if request.is_resumed:
+            hashes = self._fleet.hasher().full_blocks(request.prefix, request.cache_salt)
         ask = Ask(
-            num_tokens=len(request.prompt),
+            num_tokens=len(request.prefix),
             num_choices=request.params.n,
-            matches=self._index.match(self._hashes[request.id]),
+            matches=self._index.match(hashes),
             way=way,
             turn=self._turn,
             avoid=avoid,

@@ -5,15 +5,18 @@
       └── recover ◀──┘ trouble: redirect, restart or resume under generation g + 1; or wait for a worker, then place
 
 Everything here is a reaction: to a worker's message, a lost worker, the client, or a timer. ``recovery`` says what a
-trouble calls for, the dispatcher finds workers and carries messages. Knows no sockets, no Redis and no text.
+trouble calls for, ``search`` finds workers or waits for them, the dispatcher carries messages. Knows no sockets, no
+Redis and no text.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import logging
+from collections.abc import Iterable
+from functools import partial
 
-from proto.control import Abort, Failed, Progress, Rejected, RejectReason
+from proto.control import Abort, Failed, FromRouter, Progress, Rejected, RejectReason
 from proto.errors import (
     DeadlineExceeded,
     LocalFault,
@@ -31,14 +34,13 @@ from router.attempt import Dispatcher, Listener, Rules, Try
 from router.buffer import TokenBuffer
 from router.deadlines import Watch
 from router.journal import Journal
-from router.patience import LONGEST_PAUSE_S, Patience
-from router.policy import Decision, Way
+from router.patience import LONGEST_PAUSE_S
+from router.policy import Candidate, Decision
 from router.recovery import Remedy, Side, Situation, after_loss, after_rejection, error_of, is_nobodys_fault
+from router.search import Search
 from router.timers import Alarm, Timers
 
 log = logging.getLogger(__name__)
-
-_WAY = {Remedy.RESTART: Way.PAIR, Remedy.RESUME: Way.LOCAL, Remedy.REDIRECT: Way.DECODE}
 
 
 class Life:
@@ -61,15 +63,12 @@ class Life:
         self._dispatcher = dispatcher
         self._listener = listener
         self._timers = timers
-        self.current = Try(Generation(0), None, Generation(0), None, local=True)
+        self.current = Try(request, Generation(0), None, Generation(0), None, local=True)
         self._need: Remedy | None = None
-        self._avoid: set[Epoch] = set()
-        self._numerics = ""
         self._num_faults = 0
-        self._room_hint_s: float | None = None
-        self._patience = Patience(rules.patience_s, rules.room_patience_s)
+        self._search = Search(dispatcher, rules, timers, self.wake)
         self._watch = Watch(timers, self._late)
-        self._deadline, self._pause, self._verdict = Alarm(timers), Alarm(timers), Alarm(timers)
+        self._deadline, self._verdict = Alarm(timers), Alarm(timers)
 
     @property
     def id(self) -> RequestId:
@@ -96,14 +95,14 @@ class Life:
         Raises NoWorker or Overloaded, and then nothing has happened.
         """
         try:
-            decision = self._dispatcher.place(self.request, Way.PAIR, frozenset(), "", is_new=True)
+            decision = self._search.find(self.request, Remedy.RESTART, is_new=True)
         except NoWorker as error:
             if not self._dispatcher.had_worker_lately():
                 raise
             self._need = Remedy.RESTART
-            self._wait_alone(error)
+            self._search.wait(error, self.stage)
         else:
-            self._start(decision, Remedy.RESTART)
+            self._start(self.request, decision, keeps_prefill=False)
         self._deadline.set(self._rules.request_timeout_s, self._expire)
 
     def close(self) -> None:
@@ -152,6 +151,9 @@ class Life:
             return
         if side is Side.PREFILL or self.current.local:
             self.journal.num_cached = max(self.journal.num_cached, news.num_cached)
+        if side is Side.DECODE and news.stage is Stage.QUEUED and not self.current.local:
+            self._verdict.cancel()
+            self._send(self.current.go_on_alone())
         if news.stage is Stage.ADOPTED:
             if news.generation != self.current.generation:
                 return  # the worker it speaks of was given up meanwhile
@@ -165,8 +167,9 @@ class Life:
         side = self._admit(epoch, news.generation)
         if side is None or news.generation != self.current.generation:
             return
-        if self._need is not None:
-            self._prefill_spoke_up(news)
+        if self.is_waiting:
+            if not news.held:
+                self._lost_its_blocks()
             return
         if news.reason is RejectReason.FULL:
             self._dispatcher.mark_full(epoch, news.retry_after_s or LONGEST_PAUSE_S)
@@ -174,41 +177,48 @@ class Life:
             self._dispatcher.mark_draining(epoch)
         remedy = after_rejection(side, news.reason, news.held, self._situation())
         log.info("%s: %s says %s (%s): %s", self.id, epoch, news.reason.value, news.message, remedy.value)
-        if remedy is Remedy.NONE:
-            return
-        self._avoid |= self.current.blamed(epoch, news.reason, remedy)
-        self._room_hint_s = news.retry_after_s
-        is_refused = remedy is Remedy.REDIRECT and news.reason is RejectReason.REFUSED
-        if is_refused and not self._patience.refused(self._timers.time()):
-            patience, stage = self._rules.room_patience_s, self.stage.value
-            self.fail(Overloaded(f"no decode worker had room within {patience:g} s", stage=stage))
-            return
-        self._recover(remedy, counts=not is_nobodys_fault(news.reason))
+        if remedy is Remedy.REDIRECT and news.reason is RejectReason.REFUSED:
+            self._refused(news)
+        elif remedy is Remedy.AWAIT_VERDICT:
+            self._await_verdict()
+        elif remedy is not Remedy.NONE:
+            self._search.avoid(self.current.blamed(epoch, news.reason, remedy))
+            self._recover(remedy, counts=not is_nobodys_fault(news.reason))
 
     def failed(self, epoch: Epoch, news: Failed) -> None:
+        """The request cannot be served there. One that others have served so far is tried elsewhere."""
         side = self._admit(epoch, news.generation)
-        if side is not None and not (side is Side.PREFILL and self.current.adopted):
-            error = error_of(news, self.stage.value)
-            if isinstance(error, LocalFault):
-                self._dispatcher.failed_on(epoch)
+        if side is None or (side is Side.PREFILL and self.current.adopted):
+            return
+        error = error_of(news, self.stage.value)
+        if isinstance(error, LocalFault):
+            self._dispatcher.failed_on(epoch)
+        if not self.current.request.is_resumed:
             self.fail(error)
+            return
+        log.warning("%s: %s cannot go on with it: %s", self.id, epoch, error.message)
+        self._search.avoid({epoch})
+        if self.is_waiting:
+            self._lost_its_blocks()
+        else:
+            self._recover(after_rejection(side, RejectReason.UNKNOWN, False, self._situation()))
 
     def worker_lost(self, epoch: Epoch) -> None:
         """This incarnation is gone. Nothing it still sends is admitted."""
         side = self.current.side_of(epoch)
         if self.is_over or side is None:
             return
+        if self.is_waiting:
+            self._lost_its_blocks()  # only a prefill worker is known to it then
+            return
         if side is Side.PREFILL:
             self.current.prefill = None
         else:
             self.current.decode = None
-        if self._need is not None:
-            self._need = self._situation().again  # only the prefill worker is known to a request that waits
-            return
         remedy = after_loss(side, self._situation())
         log.info("%s: lost its %s worker in stage %s: %s", self.id, side.value, self.stage.value, remedy.value)
         if remedy is Remedy.AWAIT_VERDICT:
-            self._verdict.set(self._rules.verdict_s, self._late)
+            self._await_verdict()
         elif remedy is not Remedy.NONE:
             self._recover(remedy)
 
@@ -219,24 +229,28 @@ class Life:
         if self.is_over or self.is_waiting or side is None:
             return
         if side is Side.DECODE:
-            for worker, message in self.current.attach_again(self.assembly.positions()):
-                self._dispatcher.send(worker, message)
+            self._send(self.current.attach_again(self.assembly.positions()))
             self._stop_on_decode(self.assembly.done_choices())
             self._expect()
         elif self._situation().lacks_first:
             log.info("%s: what its prefill worker said may be lost; it is asked again", self.id)
             self._recover(self._situation().again)
 
-    def _late(self) -> None:
+    def _await_verdict(self) -> None:
+        self._verdict.set(self._rules.verdict_s, partial(self._late, Side.DECODE))
+
+    def _late(self, side: Side | None = None) -> None:
         """A worker was silent for longer than the stage may last: for this request it is lost, and outlawed."""
-        side = Side.PREFILL if self._situation().lacks_first and self.current.prefill is not None else Side.DECODE
+        if side is None:
+            is_first_due = self._situation().lacks_first and self.current.prefill is not None
+            side = Side.PREFILL if is_first_due else Side.DECODE
         worker = self.current.prefill if side is Side.PREFILL else self.current.decode
         if self.is_over or self.is_waiting or worker is None:
             return
         log.warning("%s: no news from %s in stage %s; given up there", self.id, worker.worker, self.stage.value)
-        self._avoid.add(worker.epoch)
+        self._search.avoid({worker.epoch})
         self._dispatcher.failed_on(worker.epoch)
-        self._dispatcher.send(worker, self.current.abort(self.id))
+        self._dispatcher.send(worker, self.current.abort())
         self.worker_lost(worker.epoch)
 
     # Recovery.
@@ -245,21 +259,34 @@ class Life:
         """A worker came, or a pause is over: tries to place the request again, if it is waiting."""
         if self._need is None or self.is_over:
             return
-        self._pause.cancel()
-        remedy = self._need
+        remedy, request = self._need, self._request_for(self._need)
         try:
-            decision = self._dispatcher.place(self.request, _WAY[remedy], frozenset(self._avoid), self._numerics)
-        except Overloaded as error:
-            if remedy is Remedy.RESTART and not self._num_faults:
-                self.fail(error)
-            else:
-                self._wait(error.retry_after_s)
-        except NoWorker as error:
-            self._wait_alone(error)
+            decision = self._search.find(request, remedy)
+        except (NoWorker, Overloaded) as error:
+            self._found_nobody(error)
         else:
             self._need = None
-            self._patience.placed()
-            self._start(decision, remedy)
+            self._start(request, decision, keeps_prefill=remedy is Remedy.REDIRECT)
+
+    def _found_nobody(self, error: NoWorker | Overloaded) -> None:
+        if isinstance(error, Overloaded) and self._need is Remedy.RESTART and not self._num_faults:
+            self.fail(error)
+        elif self._need is Remedy.REDIRECT and self.current.is_relayed and self._search.has_avoided:
+            self._resume_on_decode()
+        else:
+            try:
+                self._search.wait(error, self.stage)
+            except WorkerLost as lost:
+                self.fail(lost)
+
+    def _request_for(self, remedy: Remedy) -> Request:
+        match remedy:
+            case Remedy.RESUME:
+                return dataclasses.replace(self.request, forced=self.assembly.accepted())
+            case Remedy.REDIRECT:
+                return self.current.request
+            case _:
+                return self.request
 
     def _recover(self, remedy: Remedy, *, counts: bool = True) -> None:
         """Lets go of what the remedy does not use, and looks for a worker."""
@@ -269,59 +296,49 @@ class Life:
             self.fail(WorkerLost(f"given up after {self._num_faults} attempts, the last in stage {stage}", stage=stage))
             return
         self._listener.recovering(remedy)
+        self._search.stays_on_decode |= remedy is Remedy.RESUME and self.current.is_relayed
         self._verdict.cancel()
         self._watch.cancel()
         self.assembly.forget_held_back()
-        self._let_go(keep_prefill=remedy is Remedy.REDIRECT)
+        self._send(self.current.leave(keep_prefill=remedy is Remedy.REDIRECT))
         self._need = remedy
         self.wake()
 
-    def _wait_alone(self, error: NoWorker) -> None:
-        """No worker can take it: a pause where some were only avoided, and patience where there are none at all."""
-        if self._avoid:
-            self._avoid.clear()
-            self._wait(self._room_hint_s)
-            return
-        if not self._patience.alone(self._timers.time()):
-            stage = self.stage.value
-            self.fail(WorkerLost(f"no worker is left to go on from stage {stage}: {error.message}", stage=stage))
+    def _refused(self, news: Rejected) -> None:
+        """The decode worker has no room for blocks that are computed: another may have, or the same one later."""
+        decode = self.current.decode
+        may_ask_on = self._search.had_no_room(decode.epoch if decode else None, news.retry_after_s)
+        if may_ask_on:
+            self._recover(Remedy.REDIRECT, counts=False)
+        elif self.assembly.is_started:
+            self._resume_on_decode()
         else:
-            self._wait(None)
+            patience, stage = self._rules.room_patience_s, self.stage.value
+            self.fail(Overloaded(f"no decode worker had room within {patience:g} s", stage=stage))
 
-    def _prefill_spoke_up(self, news: Rejected) -> None:
-        """While the request waits for a decode worker, its prefill worker may let go of the blocks."""
-        if not news.held:
-            self.current.prefill = None
-            self._need = self._situation().again
+    def _resume_on_decode(self) -> None:
+        """There is no room to hand blocks over to, but a decode worker's own queue takes every resume, ahead of new
+        work."""
+        self._search.stays_on_decode = True
+        self._recover(Remedy.RESUME, counts=False)
 
-    def _wait(self, at_least: float | None) -> None:
-        self._pause.set(self._patience.pause(at_least), self.wake)
+    def _lost_its_blocks(self) -> None:
+        """While the request waits for a decode worker, its prefill worker has let go of the blocks, or is lost."""
+        self.current.prefill = None
+        self._search.stays_on_decode |= self.current.is_relayed
+        self._need = self._situation().again
 
-    def _start(self, decision: Decision, remedy: Remedy) -> None:
+    def _start(self, request: Request, decision: Decision, *, keeps_prefill: bool) -> None:
         """The next generation."""
-        request, positions = self.request, (0,) * self.request.params.n
-        if remedy is Remedy.RESUME:
-            request = dataclasses.replace(request, forced=self.assembly.accepted())
-            positions = self.assembly.positions()
-        self.current = self.current.following(decision, keeps_prefill=remedy is Remedy.REDIRECT)
+        self.current = self.current.following(request, decision, keeps_prefill=keeps_prefill)
         self.journal.prefill_worker = (self.current.prefill or decision.decode).worker
         self.journal.decode_worker = decision.decode.worker
         if self.current.generation == 1:
             self._listener.placed(local=decision.local)
         self._advance(Stage.ROUTED)
-        for worker, message in self.current.orders(request, positions, self._rules.lease_s):
-            self._dispatcher.send(worker, message)
-        if remedy is Remedy.RESUME:
+        self._send(self.current.orders(self._rules.lease_s))
+        if request.is_resumed:
             self._stop_on_decode(self.assembly.done_choices())
-
-    def _let_go(self, *, keep_prefill: bool) -> None:
-        abort = self.current.abort(self.id)
-        if self.current.decode is not None:
-            self._dispatcher.send(self.current.decode, abort)
-            self.current.decode = None
-        if self.current.prefill is not None and not keep_prefill:
-            self._dispatcher.send(self.current.prefill, abort)
-            self.current.prefill = None
 
     # Small steps.
 
@@ -344,19 +361,23 @@ class Life:
         else:
             if not self.current.local:
                 self._adopted()
-            self._patience.moved_on()
+            self._search.moved_on()
             self._advance(Stage.DECODING)
         if side is Side.DECODE or not self.current.adopted:
-            self._numerics = speaker.numerics
+            self._search.numerics = speaker.numerics
 
     def _adopted(self) -> None:
         if self.current.adopted:
             return
         self.current.adopted = True
-        self._patience.moved_on()
+        self._search.moved_on()
         self._verdict.cancel()
         self._advance(Stage.ADOPTED)
         self._stop_on_decode(self.assembly.stopped_choices())
+
+    def _send(self, orders: Iterable[tuple[Candidate, FromRouter]]) -> None:
+        for worker, message in orders:
+            self._dispatcher.send(worker, message)
 
     def _stop_on_decode(self, choices: tuple[int, ...]) -> None:
         if choices and self.current.decode is not None:
@@ -373,12 +394,8 @@ class Life:
 
     def _expect(self) -> None:
         """There was news: the next is due within this stage's limit."""
-        if self.is_waiting:
-            return
-        situation = self._situation()
-        has_decode = situation.adopted and (not self.current.local or self.stage is Stage.DECODING)
-        is_computed = self.stage is Stage.DECODING if self.current.local else not situation.lacks_first
-        self._watch.allow(self._rules.limits.of(self.stage, is_computed=is_computed, has_decode=has_decode))
+        if not self.is_waiting:
+            self._watch.allow(self.current.limit(self.stage, self.assembly, self._rules.limits))
 
     def _end(self, stage: Stage, error: TandemError | None) -> None:
         """The one way out. Workers that do not know of the end by themselves are told."""
@@ -390,9 +407,10 @@ class Life:
                 self._dispatcher.served_by(worker.epoch)
         decode_knows = (self.current.local or self.current.adopted) and not self.assembly.stopped_choices()
         if not (stage is Stage.FINISHED and decode_knows):
-            self._let_go(keep_prefill=False)
+            self._send(self.current.leave(keep_prefill=False))
         self._need = None
-        for timer in (self._pause, self._verdict, self._deadline, self._watch):
+        self._search.close()
+        for timer in (self._verdict, self._deadline, self._watch):
             timer.cancel()
         self.buffer.end(error)
         self.journal.close(self.assembly)

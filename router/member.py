@@ -41,11 +41,11 @@ class Recent:
     def add(self, message: FromRouter) -> None:
         match message:
             case Prefill(request):
-                self.newer.tokens += len(request.prompt)
+                self.newer.tokens += len(request.prefix)
             case Attach(request, _, local):
                 self.newer.choices += request.params.n
-                self.newer.room_tokens += len(request.prompt)
-                self.newer.tokens += len(request.prompt) if local else 0
+                self.newer.room_tokens += len(request.prefix)
+                self.newer.tokens += len(request.prefix) if local else 0
             case _:
                 pass
 

@@ -5,7 +5,8 @@
     cost of a local prefill    both on the decode worker, and nothing to move
 
 The costs of the two workers add up, so each is the cheapest of its own role. Among equals the request's turn decides,
-so they share the load. A new request that would miss a goal is turned away before any work is done for it.
+so they share the load. A new request that would miss a goal is turned away before any work is done for it. A resume
+goes where most of what it has is cached: to a decode worker, or by way of a prefill worker that spares it the most.
 Knows numbers; does no I/O and keeps no state.
 """
 
@@ -60,15 +61,18 @@ class View:
 class Way(enum.Enum):
     PAIR = "pair"
     """A prefill and a decode worker; or a decode worker alone where that is cheaper or all there is."""
+    RESUME = "resume"
+    """A decode worker alone, as it would for a prompt; or with a prefill worker that has it in its cache."""
     LOCAL = "local"
-    """A decode worker that computes everything itself (a resume)."""
+    """A decode worker that computes everything itself."""
     DECODE = "decode"
     """A decode worker to receive blocks that are held elsewhere (a redirect)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ask:
-    """What is to be placed. ``matches``: leading prompt blocks each epoch has cached (absent: none)."""
+    """What is to be placed: a prompt, and behind it what a resumed request of one choice has already. ``matches``: the
+    leading blocks of it that each epoch has cached (absent: none)."""
 
     num_tokens: int
     num_choices: int = 1
@@ -134,15 +138,27 @@ def choose(view: View, ask: Ask, weights: Weights, goals: Goals = NO_GOALS) -> D
     decodes = _eligible(view, ask, Role.DECODE)
     if ask.way is Way.DECODE:
         return Decision(None, _cheapest(decodes, scale.receive_s, ask), local=False)
+    if ask.way is Way.RESUME:
+        return _resumed(decodes, scale)
     if ask.is_new and goals.itl_s:
         decodes = _unhurried(decodes, scale, goals)
-    if ask.way is Way.LOCAL or not _alive(view, Role.PREFILL):
+    if ask.way is Way.LOCAL or not _can_prefill(view, ask):
         return Decision(None, _in_time(_cheapest(decodes, scale.local_s, ask), scale, goals), local=True)
     decode = _cheapest(decodes, scale.receive_s, ask)
     if scale.num_uncached(decode) < weights.disagg_threshold and not ask.must_travel:
         return Decision(None, _in_time(decode, scale, goals), local=True)
     prefill = _cheapest(_eligible(view, ask, Role.PREFILL), scale.compute_s, ask)
     return Decision(_in_time(prefill, scale, goals), decode, local=False)
+
+
+def _resumed(decodes: list[Candidate], scale: _Scale) -> Decision:
+    """On a decode worker alone, unless it lacks much of what a prefill worker has."""
+    ask = scale.ask
+    alone = _cheapest(decodes, scale.local_s, ask)
+    sources = [worker for worker in _takers(scale.view, ask, Role.PREFILL) if scale.spares(worker, alone)]
+    if not sources:
+        return Decision(None, alone, local=True)
+    return Decision(_cheapest(sources, scale.compute_s, ask), _cheapest(decodes, scale.receive_s, ask), local=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,6 +172,13 @@ class _Scale:
     def num_uncached(self, worker: Candidate) -> int:
         """Prompt tokens ``worker`` would compute: at least the last one, whose logits are needed."""
         return max(1, self.ask.num_tokens - self.ask.matches.get(worker.epoch, 0) * self.view.block_size)
+
+    def spares(self, source: Candidate, decode: Candidate) -> bool:
+        """Whether ``decode`` would compute so much that the threshold sends it to a prefill worker, and so much more
+        than ``source``. Choices that have gone different ways are no one prompt, and nobody else's to compute."""
+        threshold, lacking = self.weights.disagg_threshold, self.num_uncached(decode)
+        spared = lacking - self.num_uncached(source)
+        return self.ask.num_choices == 1 and lacking >= threshold and spared >= max(1, threshold)
 
     def compute_s(self, worker: Candidate) -> float:
         queued = worker.load.num_waiting_tokens + worker.sent_tokens
@@ -222,14 +245,30 @@ def _eligible(view: View, ask: Ask, role: Role) -> list[Candidate]:
             f"no {role.value} worker serves this deployment's model: {other.worker} has KV layout {other.layout}, "
             f"the deployment has {view.layout}; start every worker with the same model, dtype and block size"
         )
-    taking = [worker for worker in agreeing if worker.full_for_s <= 0]
-    if not taking:
-        wait = min(worker.full_for_s for worker in agreeing)
-        raise Overloaded(f"every {role.value} worker's queue is full", retry_after_s=wait)
-    untried = [worker for worker in taking if worker.epoch not in ask.avoid]
-    if not untried:
+    takers = _takers(view, ask, role)
+    if takers:
+        return takers
+    untried = [worker for worker in agreeing if worker.epoch not in ask.avoid]
+    if not untried and any(worker.full_for_s <= 0 for worker in agreeing):
         raise NoWorker(f"every {role.value} worker has been tried")
-    return untried
+    # Better to wait for one that is full than to go back to one that has failed this request.
+    wait = min(worker.full_for_s for worker in untried or agreeing)
+    raise Overloaded(f"every {role.value} worker's queue is full", retry_after_s=wait)
+
+
+def _can_prefill(view: View, ask: Ask) -> bool:
+    """Whether there is a prefill worker that has not failed this request; one that is full is worth waiting for."""
+    alive = _alive(view, Role.PREFILL)
+    return any(worker.epoch not in ask.avoid or worker.full_for_s > 0 for worker in alive)
+
+
+def _takers(view: View, ask: Ask, role: Role) -> list[Candidate]:
+    """Live workers of ``role`` that can take this request; perhaps none."""
+    return [
+        worker
+        for worker in _alive(view, role)
+        if worker.layout == view.layout and worker.full_for_s <= 0 and worker.epoch not in ask.avoid
+    ]
 
 
 def _unhurried(workers: list[Candidate], scale: _Scale, goals: Goals) -> list[Candidate]:

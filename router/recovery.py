@@ -10,11 +10,14 @@
     P says D refused, or D is lost            D has adopted                        none: P's news is old
                                               P holds the blocks                   redirect
                                               P has let go                         again
+    P says D ended this try                   P holds the blocks                   wait for D's word: why
     P cannot (full, draining, unknown, ...)   D has adopted                        none
                                               else                                 again
 
 "Again" is a restart while the client has no token, and from then on a resume: the tokens it has are forced, so it sees
-one sequence. Every remedy but none and waiting is a new generation, which outlaws whatever the last one still sends.
+one sequence. It goes to where most of that is cached (``policy``): a prefill worker that has the prompt computes the
+rest, says the next token, and hands over as for any prompt; only the one after a hand-off that failed is a decode
+worker's alone. Every remedy but none and waiting is a new generation, which outlaws whatever the last one still sends.
 """
 
 from __future__ import annotations
@@ -42,7 +45,7 @@ class Side(enum.Enum):
 class Remedy(enum.Enum):
     NONE = "none"
     AWAIT_VERDICT = "await_verdict"
-    """The decode worker knows whether it has everything, and will say so."""
+    """The decode worker knows whether it has everything, or goes on alone, and will say so."""
     REDIRECT = "redirect"
     RESTART = "restart"
     RESUME = "resume"
@@ -58,7 +61,7 @@ class Situation:
     started: bool
     """The router holds at least one token."""
     lacks_first: bool
-    """A running choice still waits for its first token, which only the prefill worker sends."""
+    """A running choice still waits for the try's first token, which only the prefill worker sends."""
 
     @property
     def again(self) -> Remedy:
@@ -80,12 +83,11 @@ def after_rejection(side: Side, reason: RejectReason, held: bool, situation: Sit
         return Remedy.REDIRECT if situation.prefill_has_blocks else situation.again
     if situation.adopted and not situation.lacks_first:
         return Remedy.NONE
-    if (
-        reason in (RejectReason.REFUSED, RejectReason.MISMATCH, RejectReason.PEER_LOST)
-        and held
-        and not situation.adopted
-    ):
-        return Remedy.REDIRECT
+    if held and not situation.adopted:
+        if reason is RejectReason.STALE:
+            return Remedy.AWAIT_VERDICT
+        if reason in (RejectReason.REFUSED, RejectReason.MISMATCH, RejectReason.PEER_LOST):
+            return Remedy.REDIRECT
     return situation.again
 
 

@@ -403,7 +403,7 @@ async def test_a_block_that_stays_damaged_is_recomputed_by_the_decode_worker() -
     for _ in range(2):
         await script.hear(Nack)
         await script.say(wrong)
-    # P lets go: this try goes on without it.
+    # P need send no more: this try goes on without it.
     assert await script.hear(Stale) == Stale(offer.fence, offer.fence.generation)
     await script.running
     assert script.tier.freed_with == [(1, "corrupt")]

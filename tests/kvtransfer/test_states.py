@@ -29,7 +29,7 @@ def test_the_life_of_blocks_on_d() -> None:
     assert walk(RECEIVE, ReceiveState.IDLE, *events) is ReceiveState.DONE
 
 
-@pytest.mark.parametrize("event", [Theirs.REFUSE, Ours.LOST])
+@pytest.mark.parametrize("event", [Theirs.REFUSE, Theirs.STALE, Ours.LOST])
 @pytest.mark.parametrize("state", [SendState.OFFERED, SendState.STREAMING, SendState.SEALED])
 def test_p_keeps_what_d_does_not_take(state: SendState, event: Ours | Theirs) -> None:
     assert after(SEND, state, event) is SendState.HELD

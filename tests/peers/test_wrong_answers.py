@@ -114,6 +114,7 @@ async def test_decode_pages_reused_while_the_writer_is_in_flight_are_not_overwri
     await p.router.until(lambda: bool(p.router.tokens()))
     d.tier.handle(Abort(first.id, FIRST))
     await until_idle(d)
+    p.tier.handle(Abort(first.id, FIRST))
     late: Fault = lambda message: (*withhold.kept, message)  # noqa: E731 - every message of the second brings them again
     pod.forth = late
     send(p, d, second)
@@ -121,7 +122,6 @@ async def test_decode_pages_reused_while_the_writer_is_in_flight_are_not_overwri
     assert withhold.kept
     tokens = {(t.choice, t.position): t.token for t in d.router.tokens() if t.request == second.id}
     assert tokens == alone(pod, second)
-    p.tier.handle(Abort(first.id, FIRST))
     await p.tier.drained()
     await until_idle(p)
     await until_idle(d)

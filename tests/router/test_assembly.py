@@ -54,11 +54,11 @@ def test_tokens_after_the_end_of_a_choice_are_dropped() -> None:
     assert assembly.accept(token(R, 1)) == []
     assert assembly.done_choices() == (0,)
     assert not assembly.is_complete
-    assert assembly.lacks_first
+    assert assembly.lacks((0, 0))
     assert assembly.stop(1)
     assert not assembly.stop(1)
     assert assembly.is_complete
-    assert not assembly.lacks_first
+    assert not assembly.lacks((0, 0))
     assert assembly.stopped_choices() == (1,)
     assert assembly.finishes() == (FinishReason.LENGTH, FinishReason.STOP)
 
@@ -75,3 +75,15 @@ def test_a_gap_that_never_fills_is_the_peers_fault() -> None:
         assert assembly.accept(token(R, position)) == []
     with pytest.raises(RemoteProtocolError, match="never came"):
         assembly.accept(token(R, MAX_HELD_BACK + 1))
+
+
+def test_what_is_lacking_is_counted_from_where_a_try_began() -> None:
+    assembly = TokenAssembly(1)
+    for position in range(3):
+        assembly.accept(token(R, position))
+    assert not assembly.lacks((2,))
+    assert assembly.lacks((3,))
+    assembly.accept(token(R, 4))
+    assert assembly.lacks((3,)), "position 4 waits behind it"
+    assembly.accept(token(R, 3))
+    assert not assembly.lacks((3,))

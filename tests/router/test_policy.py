@@ -42,14 +42,12 @@ def test_the_threshold_counts_uncached_tokens_on_decode() -> None:
     fleet, weights = view(p("p1"), d("d1")), Weights(disagg_threshold=64)
     assert choose(fleet, Ask(num_tokens=63), weights).local
     assert not choose(fleet, Ask(num_tokens=64), weights).local
-    held = {Epoch("epoch-d1"): 20}
-    assert choose(fleet, Ask(num_tokens=143, matches=held), weights).local
-    assert not choose(fleet, Ask(num_tokens=144, matches=held), weights).local
+    assert choose(fleet, Ask(num_tokens=143, matches=held(d1=20)), weights).local
+    assert not choose(fleet, Ask(num_tokens=144, matches=held(d1=20)), weights).local
 
 
 def test_threshold_zero_sends_every_prompt_to_prefill() -> None:
-    held = {Epoch("epoch-d1"): 1}
-    assert not choose(view(p("p1"), d("d1")), Ask(num_tokens=4, matches=held), ALWAYS_PAIR).local
+    assert not choose(view(p("p1"), d("d1")), Ask(num_tokens=4, matches=held(d1=1)), ALWAYS_PAIR).local
 
 
 def test_without_a_living_prefill_worker_decode_does_it_all() -> None:
@@ -104,9 +102,77 @@ def test_equals_share_the_load() -> None:
 
 def test_a_resume_goes_to_equal_numerics_before_anything_else() -> None:
     near, far = d("d1", numerics="avx512"), d("d2", numerics="avx2")
-    ask = Ask(num_tokens=100, way=Way.LOCAL, matches={far.epoch: 25}, numerics="avx512")
-    assert names(choose(view(p("p1"), near, far), ask, Weights())) == (None, "d1")
-    assert names(choose(view(p("p1"), far), ask, Weights())) == (None, "d2")
+    for way in (Way.LOCAL, Way.RESUME):
+        ask = Ask(num_tokens=100, way=way, matches={far.epoch: 25}, numerics="avx512")
+        assert names(choose(view(p("p1"), near, far), ask, Weights())) == (None, "d1")
+        assert names(choose(view(p("p1"), far), ask, Weights())) == (None, "d2")
+
+
+def held(**blocks: int) -> dict[Epoch, int]:
+    return {Epoch(f"epoch-{name}"): count for name, count in blocks.items()}
+
+
+def resume(matches: dict[Epoch, int], **changes: object) -> Ask:
+    return Ask(num_tokens=200, way=Way.RESUME, matches=matches, **changes)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("matches", "placed"),
+    [
+        ({}, (None, "d1")),
+        (held(p1=50), ("p1", "d1")),
+        (held(p1=20, p2=50), ("p2", "d1")),
+        (held(p1=50, d1=35), (None, "d1")),  # 60 tokens are left to it
+        (held(p1=50, d1=33), ("p1", "d1")),  # 68 are, and all but the last one spared
+        (held(p1=15), (None, "d1")),  # 60 tokens spared are not worth the way
+        (held(p1=16), ("p1", "d1")),
+    ],
+)
+def test_a_resume_comes_from_a_prefill_worker_that_spares_the_decode_worker_enough(
+    matches: dict[Epoch, int], placed: tuple[str | None, str]
+) -> None:
+    assert names(choose(view(p("p1"), p("p2"), d("d1")), resume(matches), Weights(disagg_threshold=64))) == placed
+
+
+def test_a_resume_arrives_where_least_is_lacking() -> None:
+    fleet, matches = view(p("p1"), d("d1"), d("d2")), held(p1=50, d2=20)
+    assert names(choose(fleet, resume(matches), Weights())) == ("p1", "d2")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"is_usable": False}, {"is_distrusted": True}, {"full_for_s": 1.0}, {"layout": "layout-b"}],
+)
+def test_a_resume_does_without_a_prefill_worker_that_cannot(changes: dict[str, object]) -> None:
+    fleet = view(p("p1", **changes), d("d1"))
+    assert names(choose(fleet, resume(held(p1=50)), Weights())) == (None, "d1")
+
+
+def test_a_resume_does_without_a_prefill_worker_it_has_failed_on() -> None:
+    ask = resume(held(p1=50, p2=40), avoid=frozenset({Epoch("epoch-p1")}))
+    assert names(choose(view(p("p1"), p("p2"), d("d1")), ask, Weights())) == ("p2", "d1")
+    assert names(choose(view(p("p1"), d("d1")), ask, Weights())) == (None, "d1")
+
+
+def test_several_choices_resume_on_a_decode_worker() -> None:
+    assert choose(view(p("p1"), d("d1")), resume(held(p1=50), num_choices=2), Weights()).local
+
+
+def test_a_worker_that_failed_the_request_is_no_better_than_one_that_is_full_for_a_moment() -> None:
+    fleet = view(p("p1"), d("d1"), d("d2", full_for_s=0.7))
+    for way in Way:
+        ask = Ask(num_tokens=100, way=way, avoid=frozenset({Epoch("epoch-d1")}))
+        with pytest.raises(Overloaded) as caught:
+            choose(fleet, ask, ALWAYS_PAIR)
+        assert caught.value.retry_after_s == 0.7
+
+
+def test_where_every_prefill_worker_has_failed_the_request_the_decode_worker_computes_it() -> None:
+    tried = frozenset({Epoch("epoch-p1"), Epoch("epoch-p2")})
+    assert choose(view(p("p1"), p("p2"), d("d1")), Ask(num_tokens=100, avoid=tried), ALWAYS_PAIR).local
+    full = view(p("p1", full_for_s=2.0), p("p2", full_for_s=1.0), d("d1"))
+    with pytest.raises(Overloaded):
+        choose(full, Ask(num_tokens=100, avoid=tried), ALWAYS_PAIR)
 
 
 def test_a_redirect_wants_a_decode_worker_only() -> None:
@@ -203,7 +269,7 @@ def test_only_the_eligible_are_picked(data: st.DataObject, threshold: int) -> No
         assert worker.epoch not in ask.avoid
     assert decision.decode.role is Role.DECODE
     assert decision.prefill is None or decision.prefill.role is Role.PREFILL
-    assert decision.prefill is None or (ask.way is Way.PAIR and not decision.local)
+    assert decision.prefill is None or (ask.way in (Way.PAIR, Way.RESUME) and not decision.local)
     assert decision == choose(fleet, ask, weights)
 
 

@@ -60,7 +60,9 @@ def test_a_rejection_by_prefill_before_adoption_goes_on_from_held_blocks_alone(
 ) -> None:
     facts = situation(prefill_has_blocks=True, started=started, lacks_first=not started)
     remedy = after_rejection(Side.PREFILL, reason, held, facts)
-    if held and reason in (RejectReason.REFUSED, RejectReason.MISMATCH, RejectReason.PEER_LOST):
+    if held and reason is RejectReason.STALE:
+        assert remedy is Remedy.AWAIT_VERDICT
+    elif held and reason in (RejectReason.REFUSED, RejectReason.MISMATCH, RejectReason.PEER_LOST):
         assert remedy is Remedy.REDIRECT
     else:
         assert remedy is (Remedy.RESUME if started else Remedy.RESTART)
@@ -429,7 +431,7 @@ async def test_prefill_that_released_before_a_redirect_reached_it() -> None:
 TROUBLES = st.lists(
     st.tuples(
         st.sampled_from(
-            ["first", "next", "adopted", "kill", "join", "reject", "time", "stop", "repeat", "news", "blink"]
+            ["first", "next", "adopted", "kill", "join", "reject", "time", "stop", "repeat", "news", "blink", "alone"]
         ),
         st.integers(0, 7),
     ),
@@ -438,24 +440,31 @@ TROUBLES = st.lists(
 
 
 @settings(max_examples=300, deadline=None)
-@given(troubles=TROUBLES, closes=st.booleans())
+@given(troubles=TROUBLES, closes=st.booleans(), num_choices=st.integers(1, 2))
 def test_whatever_happens_the_client_reads_one_sequence_and_one_end(
-    troubles: list[tuple[str, int]], closes: bool
+    troubles: list[tuple[str, int]], closes: bool, num_choices: int
 ) -> None:
-    """Workers answer, repeat themselves, refuse, fall silent, lose their streams, die and come back in any order."""
+    """Workers answer, repeat themselves, refuse, fall silent, lose their streams, die and come back in any order. The
+    prompt is in the caches of prefill workers, so that a single choice's resumes go there first."""
 
     async def run() -> None:
         limits = StageLimits(queued_s=12.0, prefill_s=9.0, transfer_s=4.0, silence_s=6.0)
         house = House("p1", "p2", "d1", "d2", max_attempts=4, limits=limits)
-        stream = await house.start(n=2)
+        stream = await house.start(n=num_choices)
         joined = 2
         for what, number in troubles:
+            for name in (worker.epoch for worker in house.fleet.workers.values() if worker.role is Role.PREFILL):
+                house.index.stored(name, house.fleet.hasher().full_blocks(range(10)))
             to, attach = house.last_attach()
             names = [worker.worker for worker in house.fleet.workers.values()]
             prefills = [name for name in names if name.startswith("p")]
-            choice = number % 2
+            choice = number % num_choices
             if what == "first" and prefills and not attach.local:
-                house.says(house.last_prefill()[0], token(stream.id, 0, choice=choice))
+                name, prefill = house.last_prefill()
+                position = prefill.request.num_forced[choice]
+                house.says(name, token(stream.id, position, choice=choice, last=position == 6))
+            elif what == "alone":
+                house.reports(to, stream.id, Stage.QUEUED)
             elif what in ("next", "repeat"):
                 positions = attach.positions[choice] + number
                 house.says(to, token(stream.id, positions, choice=choice, last=positions == 6))
@@ -486,6 +495,7 @@ def test_whatever_happens_the_client_reads_one_sequence_and_one_end(
         try:
             async for batch in stream:
                 for out in batch:
+                    assert out.token == 1000 * out.choice + out.position
                     seen[out.choice].append(out.position)
         except TandemError:
             pass

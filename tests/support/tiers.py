@@ -13,7 +13,7 @@ from decode.tier import DecodeTier
 from engine.build import load_engine_parts
 from engine.core import EngineCore
 from kvtransfer.fences import FenceTable
-from kvtransfer.transport import Link
+from kvtransfer.transport import Link, LinkLost
 from kvtransfer.transports import MEMORY
 from kvtransfer.transports.choice import payload_readers
 from kvtransfer.transports.memory import Fault, pair
@@ -178,6 +178,8 @@ class Pod:
         await asyncio.wait([side.serving for side in sides])
 
     async def connect(self, peer: Peer) -> Link:
+        if peer.address not in self._decode:
+            raise LinkLost("nobody is there")
         ours, theirs = pair(forth=self.forth)
         self._tasks.append(asyncio.create_task(self._decode[peer.address].serve(theirs)))
         return ours

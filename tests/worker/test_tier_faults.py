@@ -214,6 +214,7 @@ async def test_a_newer_try_at_the_same_decode_worker_while_the_older_is_receivin
     await d.router.until(lambda: num_finished(d) == 1)
     tokens = {(t.choice, t.position): t.token for s in (other, d) for t in s.router.tokens()}
     assert tokens == alone(pod, request)
+    p.tier.handle(Abort(request.id, FIRST))  # said at the same time; whichever comes first, nothing is left
     for side in (p, other, d):
         await side.tier.drained()
         await until_idle(side)
