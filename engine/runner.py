@@ -41,7 +41,7 @@ class Runner:
             if logit_row is not None
             for spec in row.samples
         ]
-        sampled = iter(sample(logits, draws, self._model.kernels.gumbel))
+        sampled = iter(sample(logits, draws, self._model.kernels.draw))
         return tuple(_take(sampled, len(row.samples)) for row in batch.rows)
 
     def _check_finite(self, logits: torch.Tensor) -> None:

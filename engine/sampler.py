@@ -1,8 +1,8 @@
 """Logits to tokens: a pure function of (logits, parameters, seed, position).
 
 Order of work, as in vLLM: log probabilities of the raw logits; allowed and suppressed tokens; logit bias; repetition,
-frequency and presence penalties; then either the most likely token, or temperature, min_p, top_k, top_p and a draw.
-A draw adds Gumbel noise (``kernels.noise``) and takes the largest: one pass, no running sums, the same on every device.
+frequency and presence penalties; then a kernel's ``draw``: the most likely token, or temperature, min_p, top_k, top_p
+and noise. This is the sampler of the CPU, row after row, and the oracle of ``engine.device_sampler``.
 
 Every operation works row by row, so a row's result does not depend on which rows share the batch. Float32 throughout.
 """
@@ -14,13 +14,13 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from engine.batch import Sampled, SampleSpec
-from kernels import noise
-from proto.request import SamplingParams, TokenLogprobs
+from kernels import noise, reference
+from kernels.types import DrawRules
+from proto.request import TokenLogprobs
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,30 +31,34 @@ class Draw:
     spec: SampleSpec
 
 
-Gumbel = Callable[[Sequence[int], int, torch.device], Tensor]
-"""As ``kernels.noise.gumbel``."""
+def rules_of(specs: Sequence[SampleSpec]) -> DrawRules:
+    """The part of ``specs`` that a kernel's ``draw`` is asked to do."""
+    params = [spec.params for spec in specs]
+    return DrawRules(
+        temperature=[0.0 if p.is_greedy else p.temperature for p in params],
+        min_p=[p.min_p for p in params],
+        top_k=[p.top_k for p in params],
+        top_p=[p.top_p for p in params],
+        keys=[0 if p.is_greedy else noise.draw_key(s.seed, s.position) for s, p in zip(specs, params, strict=True)],
+    )
 
 
 @torch.inference_mode()
-def sample(logits: Tensor, draws: Sequence[Draw], gumbel: Gumbel = noise.gumbel) -> list[Sampled]:
+def sample(
+    logits: Tensor, draws: Sequence[Draw], draw: Callable[[Tensor, DrawRules], Tensor] = reference.draw
+) -> list[Sampled]:
     """One ``Sampled`` per draw. ``logits`` is float32 ``[rows, vocab_size]`` and is not changed."""
     if not draws:
         return []
-    specs = [draw.spec for draw in draws]
-    scores = logits[torch.tensor([draw.row for draw in draws], device=logits.device)]
+    specs = [drawn.spec for drawn in draws]
+    scores = logits[torch.tensor([drawn.row for drawn in draws], device=logits.device)]
     for row, spec in zip(scores, specs, strict=True):
         _restrict(row, spec)
         _penalise(row, spec)
-    random = [index for index, spec in enumerate(specs) if not spec.params.is_greedy]
-    if len(random) == len(specs):
-        scores = _perturb(scores, specs, gumbel)
-    elif random:
-        chosen = torch.tensor(random, device=logits.device)
-        scores[chosen] = _perturb(scores[chosen], [specs[index] for index in random], gumbel)
-    tokens: list[int] = scores.argmax(-1).tolist()
+    tokens: list[int] = draw(scores, rules_of(specs)).tolist()
     return [
-        Sampled(token, _logprobs(logits[draw.row], token, draw.spec.params.logprobs))
-        for draw, token in zip(draws, tokens, strict=True)
+        Sampled(token, _logprobs(logits[drawn.row], token, drawn.spec.params.logprobs))
+        for drawn, token in zip(draws, tokens, strict=True)
     ]
 
 
@@ -91,52 +95,6 @@ def _penalise(scores: Tensor, spec: SampleSpec) -> None:
         )
 
 
-def _perturb(scores: Tensor, specs: Sequence[SampleSpec], gumbel: Gumbel) -> Tensor:
-    """Scores whose argmax is a draw: ``[rows, vocab_size]``, cut off and with noise. Changes ``scores``."""
-    params = [spec.params for spec in specs]
-    scores /= _column([p.temperature for p in params], scores)
-    cuts = [
-        (_min_p_threshold, [index for index, p in enumerate(params) if p.min_p > 0]),
-        (_top_k_threshold, [index for index, p in enumerate(params) if 0 < p.top_k < scores.shape[1]]),
-        (_top_p_threshold, [index for index, p in enumerate(params) if p.top_p < 1]),
-    ]
-    for threshold, rows in cuts:
-        if rows:
-            chosen = torch.tensor(rows, device=scores.device)
-            part = scores[chosen]
-            scores[chosen] = part.masked_fill_(part < threshold(part, [params[row] for row in rows]), -math.inf)
-    keys = [noise.draw_key(spec.seed, spec.position) for spec in specs]
-    return scores.add_(gumbel(keys, scores.shape[1], scores.device))
-
-
-# Tokens below a threshold [rows, 1] are cut off. Ties with it stay, so no sorting order decides.
-
-
-def _min_p_threshold(scores: Tensor, params: Sequence[SamplingParams]) -> Tensor:
-    return scores.amax(-1, keepdim=True) + _column([math.log(p.min_p) for p in params], scores)
-
-
-def _top_k_threshold(scores: Tensor, params: Sequence[SamplingParams]) -> Tensor:
-    largest = scores.topk(max(p.top_k for p in params)).values
-    return largest.gather(1, torch.tensor([[p.top_k - 1] for p in params], device=scores.device))
-
-
-def _top_p_threshold(scores: Tensor, params: Sequence[SamplingParams]) -> Tensor:
-    """The fewest tokens that hold top_p of the probability that earlier cuts left."""
-    ordered = _sort_descending(scores)
-    mass = ordered.softmax(-1)
-    before = mass.cumsum(-1) - mass
-    kept = (before < _column([p.top_p for p in params], scores)).sum(-1, keepdim=True)
-    return ordered.gather(1, (kept - 1).clamp_(min=0))
-
-
-def _sort_descending(scores: Tensor) -> Tensor:
-    """Values alone: on CPU numpy sorts them some twenty times as fast as torch, which keeps indices too."""
-    if scores.device.type == "cpu":
-        return torch.from_numpy(-np.sort(-scores.numpy(), axis=-1))
-    return scores.sort(-1, descending=True).values
-
-
 def _logprobs(logits: Tensor, token: int, num_top: int | None) -> TokenLogprobs | None:
     """Of raw ``logits [vocab_size]``. Equally likely tokens are listed by id."""
     if num_top is None:
@@ -156,7 +114,3 @@ def _logprobs(logits: Tensor, token: int, num_top: int | None) -> TokenLogprobs 
 def _ids(tokens: Sequence[int], like: Tensor) -> Tensor:
     """Token ids as an index; those beyond the vocabulary, which no logit stands for, are dropped."""
     return torch.tensor([token for token in tokens if token < like.shape[0]], dtype=torch.int64, device=like.device)
-
-
-def _column(values: Sequence[float], like: Tensor) -> Tensor:
-    return torch.tensor(values, dtype=like.dtype, device=like.device)[:, None]

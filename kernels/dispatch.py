@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
 import torch
 
-from kernels import noise, reference
+from kernels import reference
 from kernels.cpu import native, ordered
 from kernels.types import Kernels, KernelsUnavailable
 
@@ -17,7 +18,7 @@ REFERENCE = Kernels(
     rotate_and_write=reference.rotate_and_write,
     gate=reference.gate,
     attend=reference.attend,
-    gumbel=noise.gumbel,
+    draw=reference.draw,
 )
 
 
@@ -30,7 +31,7 @@ def choose(device: torch.device, dtype: torch.dtype) -> Kernels:
     if compiled is None:
         return REFERENCE
     if dtype != torch.bfloat16:
-        return replace(REFERENCE, name="torch, amx noise", gumbel=compiled.gumbel)
+        return replace(REFERENCE, name="torch, amx noise", draw=partial(reference.draw, gumbel=compiled.gumbel))
     return _on_tiles(compiled, REFERENCE)
 
 
@@ -50,7 +51,7 @@ def choose_batch_invariant(device: torch.device, dtype: torch.dtype, head_dim: i
     if compiled is None:
         return anywhere
     if dtype != torch.bfloat16:
-        return replace(anywhere, name="ordered, amx noise", gumbel=compiled.gumbel)
+        return replace(anywhere, name="ordered, amx noise", draw=partial(reference.draw, gumbel=compiled.gumbel))
     return _on_tiles(compiled, anywhere)
 
 
@@ -63,5 +64,5 @@ def _on_tiles(compiled: native.NativeKernels, other: Kernels) -> Kernels:
         rotate_and_write=compiled.rotate_and_write,
         gate=compiled.gate,
         attend=compiled.attend,
-        gumbel=compiled.gumbel,
+        draw=partial(reference.draw, gumbel=compiled.gumbel),
     )

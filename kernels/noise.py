@@ -16,6 +16,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from kernels.upload import upload
+
 _MASK64 = (1 << 64) - 1
 _GOLDEN = 0x9E3779B1
 _LARGEST_BELOW_ONE = 1.0 - 2.0**-24
@@ -36,8 +38,8 @@ def draw_key(seed: int, position: int) -> int:
 
 def gumbel(keys: Sequence[int], vocab_size: int, device: torch.device) -> Tensor:
     """Gumbel noise, float32 ``[len(keys), vocab_size]``; row i depends on ``keys[i]`` alone."""
-    low = torch.tensor([[_signed(key)] for key in keys], dtype=torch.int32, device=device)
-    high = torch.tensor([[_signed(key >> 32)] for key in keys], dtype=torch.int32, device=device)
+    low = upload([[_signed(key)] for key in keys], torch.int32, device)
+    high = upload([[_signed(key >> 32)] for key in keys], torch.int32, device)
     tokens = torch.arange(vocab_size, dtype=torch.int32, device=device).mul_(_signed(_GOLDEN))
     bits = _mix(_mix(tokens + low).bitwise_xor_(high))
     uniform = bits.float().add_(0.5).mul_(2.0**-32)

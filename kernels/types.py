@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-import torch
 from torch import Tensor
 
 from kernels.quantised import Matrix, Product
@@ -97,6 +96,38 @@ class AttentionSpec:
 
 
 @dataclass(frozen=True, slots=True)
+class DrawRules:
+    """How one token is chosen from each row of scores; every list has an entry per row.
+
+    A ``temperature`` of 0 takes the likeliest token, and the row's other rules do not count. ``min_p`` 0, ``top_k`` 0
+    or beyond the vocabulary, and ``top_p`` 1 cut off nothing. ``keys``: of the noise, as ``kernels.noise.draw_key``.
+    """
+
+    temperature: Sequence[float]
+    min_p: Sequence[float]
+    top_k: Sequence[int]
+    top_p: Sequence[float]
+    keys: Sequence[int]
+
+    def __len__(self) -> int:
+        return len(self.temperature)
+
+    @property
+    def random_rows(self) -> list[int]:
+        return [row for row, temperature in enumerate(self.temperature) if temperature > 0]
+
+    def of(self, rows: Sequence[int]) -> DrawRules:
+        """The rules of these rows alone."""
+        return DrawRules(
+            [self.temperature[row] for row in rows],
+            [self.min_p[row] for row in rows],
+            [self.top_k[row] for row in rows],
+            [self.top_p[row] for row in rows],
+            [self.keys[row] for row in rows],
+        )
+
+
+@dataclass(frozen=True, slots=True)
 class Kernels:
     """The operations of a step; each has the signature, shapes and meaning of its namesake in ``kernels.reference``.
 
@@ -109,8 +140,7 @@ class Kernels:
     rotate_and_write: Callable[[Tensor, HeadNorm | None, Places, PagedKv, int], Tensor]
     gate: Callable[[Tensor, str], Tensor]
     attend: Callable[[Tensor, PagedKv, int, Ragged, AttentionSpec], Tensor]
-    gumbel: Callable[[Sequence[int], int, torch.device], Tensor]
-    """As ``kernels.noise.gumbel``."""
+    draw: Callable[[Tensor, DrawRules], Tensor]
     quantised: Callable[[Sequence[Matrix], Tensor | None], Product] | None = None
     """As ``linear``, of quantised weights. None: they are dequantised when they are loaded, for ``linear``."""
     is_batch_invariant: bool = False

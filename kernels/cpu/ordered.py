@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Sequence
 from ctypes import c_float, c_int
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -167,7 +168,7 @@ def make() -> Kernels:
         rotate_and_write=ordered.rotate_and_write,
         gate=ordered.gate,
         attend=ordered.attend,
-        gumbel=gumbel,
+        draw=partial(reference.draw, gumbel=gumbel),
         is_batch_invariant=True,
     )
 

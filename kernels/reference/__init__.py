@@ -4,6 +4,7 @@ from kernels.reference.attention import attend, attend_chunk, attend_decode, qua
 from kernels.reference.elementwise import ACTIVATIONS, gate, rms_norm, rotate
 from kernels.reference.fused import add_norm, rotate_and_write, rotate_and_write_by
 from kernels.reference.linear import DenseLinear, linear
+from kernels.reference.sampling import draw
 
 __all__ = [
     "ACTIVATIONS",
@@ -12,6 +13,7 @@ __all__ = [
     "attend",
     "attend_chunk",
     "attend_decode",
+    "draw",
     "gate",
     "linear",
     "quantise_kv",
