@@ -121,7 +121,8 @@ def _read_group(group: ConfigFile) -> Group:
     if weights is None:
         raise UnsupportedModel(f"{group.name}: groups that quantise no weights are not supported.")
     bits, kind = weights.whole("num_bits", 8), weights.text("type", "int")
-    strategy = weights.text("strategy", "group" if weights.has("group_size") else "tensor")
+    size = int(weights.number("group_size", 0))
+    strategy = weights.text("strategy", "channel" if size == -1 else "group" if size else "tensor")
     if (bits, kind) not in ((4, "int"), (8, "int"), (8, "float")) or strategy not in _STRATEGIES:
         raise UnsupportedModel(
             f"{weights.name}: weights of {bits}-bit {kind} with a scale per {strategy} are not supported. Supported: "

@@ -18,6 +18,9 @@ from proto.errors import CheckpointError
 _AWQ_ORDER = (0, 4, 1, 5, 2, 6, 3, 7)
 """Where a word has the codes of its eight outputs."""
 
+_ONES = {4: 0x11111111, 8: 0x01010101}
+"""One in every code of a word. It was subtracted from whole words: a zero point of 0 borrowed from the next."""
+
 
 @dataclass(frozen=True, slots=True)
 class Awq:
@@ -71,8 +74,7 @@ class Gptq:
         rows = scale.shape[1]
         words = shaped(store, f"{module}.qweight", torch.int32, (columns // per_word, rows))
         zeros = shaped(store, f"{module}.qzeros", torch.int32, (groups, -(-rows // per_word)))
-        # A zero point of 0 was stored as the largest code: it wraps around.
-        zero = (codes_of(zeros, self.bits)[:, :rows] + self.zero_offset) & ((1 << self.bits) - 1)
+        zero = codes_of(zeros + self.zero_offset * _ONES[self.bits], self.bits)[:, :rows]
         codes, order = codes_of(words.T, self.bits), None
         if store.has(f"{module}.g_idx"):
             order = group_order(shaped(store, f"{module}.g_idx", None, (columns,)), size, f"{module}.g_idx")

@@ -95,6 +95,8 @@ def integers(weight: Tensor, bits: int, group: int, *, symmetric: bool, shuffled
         group_of = np.random.default_rng(3).permutation(group_of)
     groups, largest = math.ceil(columns / size), 2**bits - 1
     codes = np.zeros((rows, columns), dtype=np.int64)
+    weight = weight.clone()
+    weight[3] = weight[3].abs()  # no negative numbers: a zero point of 0
     scale, zero = torch.zeros(rows, groups, dtype=torch.float16), np.zeros((rows, groups), dtype=np.int64)
     for index in range(groups):
         inside = np.flatnonzero(group_of == index)
@@ -127,12 +129,13 @@ def gptq(
     shuffled: bool = False,
     offset: int = 1,
 ) -> Stored:
-    """AutoGPTQ's QuantLinear: words along the inputs; version 1 (``offset`` 1) stores zero points less one."""
+    """AutoGPTQ's QuantLinear: words along the inputs; version 1 (``offset`` 1) subtracts one from each
+    zero point of a word at once."""
     made = integers(weight, bits, group, symmetric=symmetric, shuffled=shuffled)
-    zeros = (made.zero - offset) % 2**bits
+    ones = int("".join("1".zfill(bits // 4) for _ in range(32 // bits)), 16)
     stored = {
         "qweight": words(made.codes, bits).T,
-        "qzeros": words(zeros.T, bits),
+        "qzeros": words(made.zero.T, bits) - offset * ones,
         "scales": made.scale.T,
         "g_idx": torch.from_numpy(made.group_of).int(),
     }
