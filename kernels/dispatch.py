@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import replace
 from functools import partial
 
@@ -9,7 +10,10 @@ import torch
 
 from kernels import reference
 from kernels.cpu import native, ordered
+from kernels.triton import runtime
 from kernels.types import Kernels, KernelsUnavailable
+
+log = logging.getLogger(__name__)
 
 REFERENCE = Kernels(
     name="torch",
@@ -25,9 +29,11 @@ REFERENCE = Kernels(
 def choose(device: torch.device, dtype: torch.dtype) -> Kernels:
     """The fastest kernels for models of ``dtype`` on ``device``: compiled ones on CPUs with AMX.
 
-    For other types than bfloat16 those compute the noise of draws alone.
+    For other types than bfloat16 those compute the noise of draws alone. On a GPU, Triton multiplies quantised weights.
     """
-    compiled = native.load(REFERENCE) if device.type == "cpu" else None
+    if device.type != "cpu":
+        return _with_quantised(REFERENCE, device, dtype)
+    compiled = native.load(REFERENCE)
     if compiled is None:
         return REFERENCE
     if dtype != torch.bfloat16:
@@ -53,6 +59,19 @@ def choose_batch_invariant(device: torch.device, dtype: torch.dtype, head_dim: i
     if dtype != torch.bfloat16:
         return replace(anywhere, name="ordered, amx noise", draw=partial(reference.draw, gumbel=compiled.gumbel))
     return _on_tiles(compiled, anywhere)
+
+
+def _with_quantised(kernels: Kernels, device: torch.device, dtype: torch.dtype) -> Kernels:
+    """``kernels``, with products of quantised weights where Triton runs; elsewhere those are plain ones."""
+    try:
+        target = runtime.find_target(device, fp8_kv=False)
+    except KernelsUnavailable as reason:
+        log.info("Quantised weights would be multiplied plain: %s", reason)
+        return kernels
+    from kernels.triton import quantised
+
+    products = quantised.make(target, device, dtype, is_batch_invariant=kernels.is_batch_invariant)
+    return replace(kernels, quantised=products.linear)
 
 
 def _on_tiles(compiled: native.NativeKernels, other: Kernels) -> Kernels:

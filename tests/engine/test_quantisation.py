@@ -35,7 +35,13 @@ PROMPTS = ["The quick brown fox jumps over the lazy dog", "Numbers: 0 1 2 3", "G
 
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_checkpoint(tmp_path_factory.mktemp("plain"), "qwen2", **SHAPE)
+    """A row of every matrix has no negative numbers: its zero points are 0."""
+    folder = make_checkpoint(tmp_path_factory.mktemp("plain"), "qwen2", **SHAPE)
+    tensors = load_file(folder / "model.safetensors")
+    for key in filter(is_linear, tensors):
+        tensors[key][3].abs_()
+    save_file(tensors, folder / "model.safetensors")
+    return folder
 
 
 def answers_of(folder: Path, **settings: Any) -> list[tuple[list[int], float | None]]:
@@ -99,7 +105,7 @@ def test_rounding_at_load_touches_the_layers_linear_maps_alone(
     settings: dict[str, Any], rounded: Any, plain: Path, tmp_path: Path
 ) -> None:
     twin = make_checkpoint(tmp_path, "qwen2", **SHAPE)
-    tensors = load_file(twin / "model.safetensors")
+    tensors = load_file(plain / "model.safetensors")
     save_file({k: rounded(t)[1] if is_linear(k) else t for k, t in tensors.items()}, twin / "model.safetensors")
     assert answers_of(plain, **settings) == answers_of(twin) != answers_of(plain)
 

@@ -95,8 +95,6 @@ def integers(weight: Tensor, bits: int, group: int, *, symmetric: bool, shuffled
         group_of = np.random.default_rng(3).permutation(group_of)
     groups, largest = math.ceil(columns / size), 2**bits - 1
     codes = np.zeros((rows, columns), dtype=np.int64)
-    weight = weight.clone()
-    weight[3] = weight[3].abs()  # no negative numbers: a zero point of 0
     scale, zero = torch.zeros(rows, groups, dtype=torch.float16), np.zeros((rows, groups), dtype=np.int64)
     for index in range(groups):
         inside = np.flatnonzero(group_of == index)
@@ -105,7 +103,7 @@ def integers(weight: Tensor, bits: int, group: int, *, symmetric: bool, shuffled
         if symmetric:
             high = torch.maximum(-low, high)
             low = -high
-        scale[:, index] = ((high - low) / largest).half()
+        scale[:, index] = ((high - low) / largest).clamp(min=1e-6).half()
         step = scale[:, index].float().numpy()
         zero[:, index] = 2 ** (bits - 1) if symmetric else np.clip(np.round(-low.numpy() / step), 0, largest)
         codes[:, inside] = np.clip(np.round(part.numpy() / step[:, None]) + zero[:, index, None], 0, largest)
