@@ -138,6 +138,8 @@ class Try:
     decode: Candidate | None
     local: bool
     adopted: bool = False
+    has_heard_decode: bool = False
+    """The decode worker has said something of it."""
     attach: Attach | None = None
     """What the decode worker was told."""
 
@@ -205,6 +207,7 @@ class Try:
     def situation(self, assembly: TokenAssembly) -> Situation:
         return Situation(
             prefill_has_blocks=self.prefill is not None and not self.adopted,
+            offered=self.prefill_since == self.generation or self.has_heard_decode,
             adopted=self.adopted or self.local,
             started=assembly.is_started,
             lacks_first=not self.local and assembly.lacks(self.request.num_forced),

@@ -351,6 +351,7 @@ class Life:
         side = self.current.admits(epoch, generation)
         if side is None:
             self._listener.refused("stale")
+        self.current.has_heard_decode |= side is Side.DECODE
         return side
 
     def _note_tokens_from(self, side: Side) -> None:

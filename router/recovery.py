@@ -3,7 +3,7 @@
     trouble                                   the try so far                       remedy
     ----------------------------------------  -----------------------------------  --------------------------------
     P lost                                    D has adopted, first tokens are in   none: D has all it needs
-                                              all first tokens are in              wait for D's word: adopted or not
+                                              D was offered it, first tokens in    wait for D's word: adopted or not
                                               else                                 again
     D lost, or D cannot (full, unknown, ...)  P has the blocks                     redirect: P sends them to another
                                               D has adopted, or is alone           again
@@ -57,6 +57,8 @@ class Situation:
 
     prefill_has_blocks: bool
     """A live prefill worker has, or is computing, the prompt's blocks for this try."""
+    offered: bool
+    """The decode worker may have heard of the blocks. Of a redirect it has perhaps not: P may have died before it."""
     adopted: bool
     started: bool
     """The router holds at least one token."""
@@ -72,9 +74,9 @@ def after_loss(side: Side, situation: Situation) -> Remedy:
     """A worker of this try is gone: its stream broke, or it is another incarnation now."""
     if side is Side.DECODE:
         return Remedy.REDIRECT if situation.prefill_has_blocks else situation.again
-    if situation.lacks_first:
-        return situation.again
-    return Remedy.NONE if situation.adopted else Remedy.AWAIT_VERDICT
+    if situation.adopted and not situation.lacks_first:
+        return Remedy.NONE
+    return situation.again if situation.lacks_first or not situation.offered else Remedy.AWAIT_VERDICT
 
 
 def after_rejection(side: Side, reason: RejectReason, held: bool, situation: Situation) -> Remedy:

@@ -30,8 +30,8 @@ TWO_AND_TWO = ("p1", "p2", "d1", "d2")
 
 
 def situation(**changes: bool) -> Situation:
-    facts = {"prefill_has_blocks": False, "adopted": False, "started": False, "lacks_first": False, **changes}
-    return Situation(**facts)
+    facts = dict.fromkeys(("prefill_has_blocks", "offered", "adopted", "started", "lacks_first"), False)
+    return Situation(**{**facts, **changes})
 
 
 @pytest.mark.parametrize(
@@ -39,7 +39,8 @@ def situation(**changes: bool) -> Situation:
     [
         (Side.PREFILL, situation(lacks_first=True), Remedy.RESTART),
         (Side.PREFILL, situation(lacks_first=True, started=True), Remedy.RESUME),
-        (Side.PREFILL, situation(started=True), Remedy.AWAIT_VERDICT),
+        (Side.PREFILL, situation(started=True, offered=True), Remedy.AWAIT_VERDICT),
+        (Side.PREFILL, situation(started=True), Remedy.RESUME),
         (Side.PREFILL, situation(started=True, adopted=True), Remedy.NONE),
         (Side.PREFILL, situation(adopted=True, lacks_first=True), Remedy.RESTART),
         (Side.DECODE, situation(prefill_has_blocks=True), Remedy.REDIRECT),
@@ -236,6 +237,36 @@ async def test_decode_that_lost_sight_of_a_living_prefill_is_replaced() -> None:
     house.rejects(first, stream.id, RejectReason.PEER_LOST)
     assert house.last_redirect()[1].decode.worker != first
     await stream.aclose()
+
+
+async def test_a_prefill_worker_whose_death_the_decode_worker_saw_first() -> None:
+    """The blocks are redirected to a worker that will never be offered them, and so cannot say that it lacks any."""
+    house = House("p1", "d1", "d2")
+    stream = await house.start()
+    first, _ = house.last_attach()
+    house.says("p1", token(stream.id, 0))
+    house.rejects(first, stream.id, RejectReason.PEER_LOST)
+    assert house.heard.remedies == [Remedy.REDIRECT]
+    house.kill("p1")
+    assert house.heard.remedies == [Remedy.REDIRECT, Remedy.RESUME]
+    assert house.fleet.faults == []
+    to, attach = house.last_attach()
+    assert (attach.local, attach.generation, attach.request.forced) == (True, 3, ((0,),))
+    house.says(to, token(stream.id, 1, last=True))
+    assert len(await read_all(stream)) == 2
+
+
+async def test_prefill_lost_after_a_redirect_that_went_well() -> None:
+    house = House("p1", "d1", "d2")
+    stream = await house.start()
+    house.says("p1", token(stream.id, 0))
+    house.kill(house.last_attach()[0])
+    second, _ = house.last_attach()
+    house.reports(second, stream.id, Stage.SEALED)
+    house.kill("p1")
+    assert house.heard.remedies == [Remedy.REDIRECT]
+    house.says(second, token(stream.id, 1, last=True))
+    assert len(await read_all(stream)) == 2
 
 
 async def test_a_full_queue_means_another_worker_and_then_429() -> None:
