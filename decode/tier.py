@@ -28,7 +28,7 @@ from kvtransfer.receiver import CORRUPT
 from kvtransfer.transport import Link
 from kvtransfer.transports import PayloadReader
 from proto.control import Abort, Attach, FromRouter, RejectReason, Renew
-from proto.errors import InvalidRequest, RemoteProtocolError
+from proto.errors import DeviceLost, InvalidRequest, RemoteProtocolError
 from proto.handoff import Fence, Offer, RefuseReason, Seal, SealedChoice
 from proto.ids import Generation, RequestId, try_id
 from proto.lifecycle import Stage
@@ -211,7 +211,10 @@ class DecodeTier:
 
     async def serve(self, link: Link) -> None:
         """Takes one hand-off in, from a prefill worker that opened ``link``."""
-        await ReceiveSession(link, self._host.parts.kv, self, self._fences, readers=self._readers).run()
+        try:
+            await ReceiveSession(link, self._host.parts.kv, self, self._fences, readers=self._readers).run()
+        except DeviceLost as lost:
+            self._host.condemn(lost)
 
     async def reserve(self, offer: Offer) -> Reservation | Refusal:
         """Room for an offered prompt, under the engine's name for this try."""

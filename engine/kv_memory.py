@@ -1,9 +1,10 @@
 """The KV memory of one worker: tensors for kernels, regions of bytes for the transfer layer.
 
-    block b:  [b * block_bytes, (b + 1) * block_bytes)      nonce: 16 bytes after the last block (CPU only)
+    block b:  [b * block_bytes, (b + 1) * block_bytes)      nonce: 16 bytes after the last block
 
 On CPU it is an anonymous file (memfd) that a process of the same host can map read-only; its pages are committed when
-first written. Knows blocks as numbered regions; knows nothing of who owns them.
+first written. On a GPU transfers go through ``DeviceBlocks``, beside the steps. Knows blocks as numbered regions; knows
+nothing of who owns them.
 """
 
 from __future__ import annotations
@@ -13,11 +14,12 @@ import mmap
 import os
 import secrets
 import sys
-import threading
 
 import torch
 from torch import Tensor
 
+from engine import device_blocks
+from engine.device_blocks import CudaLane, DeviceBlocks
 from kernels.types import PagedKv
 from proto.layout import KvLayout, MemoryExport
 
@@ -36,16 +38,23 @@ class KvMemory:
         self.device = device
         self._mapped: memoryview | None = None
         self._export: MemoryExport | None = None
+        self._device_blocks: DeviceBlocks | None = None
         size = num_blocks * layout.block_bytes
         if device.type == "cpu":
             mapped = self._map(size)
             self._mapped = memoryview(mapped)
             regions = torch.frombuffer(mapped, dtype=torch.uint8, count=size)
         else:
-            regions = torch.zeros(size, dtype=torch.uint8, device=device)
-            # Device copies go through one page-locked block: the driver would stage them itself, slower, otherwise.
-            self._staging = torch.empty(layout.block_bytes, dtype=torch.uint8, pin_memory=True)
-            self._staging_lock = threading.Lock()
+            memory = torch.zeros(size + NONCE_BYTES, dtype=torch.uint8, device=device)
+            self._device_blocks = DeviceBlocks(
+                memory,
+                num_blocks,
+                layout.block_bytes,
+                secrets.token_bytes(NONCE_BYTES),
+                lane=CudaLane(device),
+                kernels=device_blocks.choose(device, layout.block_bytes),
+            )
+            regions = memory[:size]
         self._regions = regions.view(num_blocks, layout.block_bytes)
         self.paged = _paged(self._regions, layout)
 
@@ -68,9 +77,8 @@ class KvMemory:
         start = self._offset(block)
         if self._mapped is not None:
             return self._mapped[start : start + self.layout.block_bytes].toreadonly()
-        with self._staging_lock:
-            self._staging.copy_(self._regions[block])
-            return memoryview(bytes(self._staging.numpy().data)).toreadonly()
+        assert self._device_blocks is not None
+        return memoryview(self._device_blocks.read(block))
 
     def write(self, block: int, data: bytes | memoryview) -> None:
         """Copies ``data``, ``layout.block_bytes`` long, into the block."""
@@ -79,9 +87,8 @@ class KvMemory:
         if self._mapped is not None:
             self._mapped[start : start + len(data)] = data
             return
-        with self._staging_lock:
-            self._staging.numpy().data[:] = data
-            self._regions[block].copy_(self._staging)
+        assert self._device_blocks is not None
+        self._device_blocks.write(block, data)
 
     def copy(self, source: int, destination: int) -> None:
         """Makes ``destination`` equal to ``source``."""
@@ -92,6 +99,15 @@ class KvMemory:
         self.paged.data[block, :, :, num_valid_tokens:] = 0
         if self.paged.scales is not None:
             self.paged.scales[block, ..., num_valid_tokens:] = 0
+
+    def fence(self) -> None:
+        """For the engine's thread: transfers may rely on what it has queued so far."""
+        if self._device_blocks is not None:
+            self._device_blocks.fence()
+
+    def on_device(self) -> DeviceBlocks | None:
+        """The memory for copies on the GPU; None on CPU."""
+        return self._device_blocks
 
     def export(self) -> MemoryExport | None:
         """Where a process of this host can map the memory; None on a GPU and after ``close``."""

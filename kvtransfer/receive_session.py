@@ -18,9 +18,9 @@ from collections.abc import Callable, Sequence
 
 from kvtransfer.fences import FenceTable
 from kvtransfer.intake import Intake, Refusal
-from kvtransfer.integrity import BlockChecksum
 from kvtransfer.receiver import Ask, Freed, Receiver, Sealed, Verified
 from kvtransfer.states import ReceiveState
+from kvtransfer.sums import block_sums
 from kvtransfer.tasks import off_loop, stop, to_the_end, wait_until
 from kvtransfer.transport import BlockStore, Link, LinkLost
 from kvtransfer.transports import GRPC, MEMORY, InlineReader, PayloadReader, PayloadSource, choose
@@ -30,9 +30,7 @@ from proto.ids import BlockId
 
 LINGER_S = 5.0
 """After Adopted: how long P may take to hear of it. After a refusal: how long that may take to leave."""
-MAX_BATCH_BYTES = 8 << 20
-"""How much is placed at a time."""
-MAX_WAITING_BYTES = 32 << 20
+MAX_WAITING_BATCHES = 4
 """How much may wait to be placed before nothing more is read: the link's flow control does the rest."""
 
 INLINE: tuple[PayloadReader, ...] = (InlineReader(GRPC), InlineReader(MEMORY))
@@ -64,7 +62,7 @@ class ReceiveSession:
         self._readers = readers
         self._clock = clock
         self._receiver = Receiver(store.layout, fences, clock(), patience_s=patience_s, on_superseded=self._changed)
-        self._checksum = BlockChecksum(store.layout.block_bytes)
+        self._sums = block_sums(store)
         self._source: PayloadSource | None = None
         self._offer: Offer | None = None
         self._blocks: Sequence[BlockId] = ()
@@ -194,7 +192,7 @@ class ReceiveSession:
             self._fail(fault)
 
     async def _ask(self, offer: Offer) -> None:
-        chosen = choose(offer, self._readers, self._store.layout)
+        chosen = await choose(offer, self._readers, self._store)
         if chosen is None:
             names = ", ".join(reader.name for reader in self._readers)
             self._receiver.refused(RefuseReason.MISMATCH, f"no transport in common; ours: {names}")
@@ -213,12 +211,11 @@ class ReceiveSession:
     # The link.
 
     async def _read(self) -> None:
-        most = max(1, MAX_WAITING_BYTES // self._store.layout.block_bytes)
         try:
             while True:
                 self._receiver.receive(await self._link.receive(), self._clock())
                 self._changed()
-                while self._receiver.arrivals.num_waiting >= most:
+                while self._receiver.arrivals.num_waiting >= MAX_WAITING_BATCHES * self._batch:
                     self._room.clear()
                     await self._room.wait()
         except (LinkLost, RemoteProtocolError):
@@ -244,11 +241,15 @@ class ReceiveSession:
 
     # The bytes.
 
+    @property
+    def _batch(self) -> int:
+        """How many blocks are placed at a time."""
+        return 1 if self._source is None else max(1, self._source.batch_bytes // self._store.layout.block_bytes)
+
     async def _place(self) -> None:
         block_bytes = self._store.layout.block_bytes
-        most = max(1, MAX_BATCH_BYTES // block_bytes)
         while True:
-            frames = self._receiver.take_frames(most)
+            frames = self._receiver.take_frames(self._batch)
             if not frames:
                 self._frames.clear()
                 await self._frames.wait()
@@ -264,15 +265,13 @@ class ReceiveSession:
             self._changed()
 
     def _place_all(self, frames: Sequence[Frame]) -> list[bool]:
-        return [self._place_one(frame) for frame in frames]
-
-    def _place_one(self, frame: Frame) -> bool:
-        """Copies a payload into its block, then checks what the block now holds."""
+        """Copies payloads into their blocks, then checks what the blocks now hold."""
         assert self._source is not None
         assert self._offer is not None
-        block = self._blocks[frame.index]
-        try:
-            self._store.write(block, self._source.fetch(frame.payload))
-        except RemoteProtocolError:
-            return False  # It points nowhere: as useless as damaged bytes, and answered alike.
-        return self._checksum.of(self._store.read(block), self._offer.hashes[frame.index]) == frame.checksum
+        blocks = [self._blocks[frame.index] for frame in frames]
+        are_placed = self._source.place([frame.payload for frame in frames], blocks, self._store)
+        sums = self._sums.of(blocks, [self._offer.hashes[frame.index] for frame in frames])
+        return [
+            is_placed and total == frame.checksum
+            for frame, is_placed, total in zip(frames, are_placed, sums, strict=True)
+        ]

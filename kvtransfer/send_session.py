@@ -15,9 +15,9 @@ from collections.abc import Awaitable, Callable, Sequence
 
 from kvtransfer.fences import Refusals
 from kvtransfer.intake import PEER_LOST, SendEvents
-from kvtransfer.integrity import BlockChecksum
 from kvtransfer.sender import Delivered, Granted, Held, Notice, Outbox, Released, SendBlock, Sender
 from kvtransfer.states import SendState
+from kvtransfer.sums import block_sums
 from kvtransfer.tasks import off_loop, stop, to_the_end, wait_until
 from kvtransfer.transport import BlockStore, Link, LinkLost
 from kvtransfer.transports import PayloadWriter, writer
@@ -32,8 +32,6 @@ CONNECT_S = 5.0
 """How long a decode worker may take to answer a connection before it counts as lost."""
 FAREWELL_S = 3.0
 """How long the last words (a Withdraw) may take."""
-MAX_BATCH_BYTES = 8 << 20
-"""How much is summed at a time, in a thread, ahead of sending."""
 
 
 class SendSession:
@@ -283,9 +281,9 @@ class _Sums:
     """
 
     def __init__(self, store: BlockStore, offer: Offer) -> None:
-        self._store = store
+        self._block_bytes = store.layout.block_bytes
         self._hashes = offer.hashes
-        self._checksum = BlockChecksum(store.layout.block_bytes)
+        self._summer = block_sums(store)
         self._blocks: list[BlockId] = []
         self._sums: dict[int, int] = {}
         self._computing = asyncio.Lock()
@@ -301,13 +299,12 @@ class _Sums:
         return self._blocks[index]
 
     async def of(self, index: int) -> int:
-        """The checksum of a block; those after it are computed with it, some megabytes at a time."""
+        """The checksum of a block; those after it are computed with it, a batch at a time."""
         async with self._computing:
             if index not in self._sums and not self._is_finished:
-                block_bytes = self._store.layout.block_bytes
-                end = min(len(self._blocks), index + max(1, MAX_BATCH_BYTES // block_bytes))
+                end = min(len(self._blocks), index + max(1, self._summer.batch_bytes // self._block_bytes))
                 wanted = [each for each in range(index, end) if each not in self._sums]
-                self._sums |= await off_loop(lambda: self._compute(wanted), len(wanted) * block_bytes)
+                self._sums |= await off_loop(lambda: self._compute(wanted), len(wanted) * self._block_bytes)
             return self._sums.get(index, 0)
 
     async def finish(self) -> None:
@@ -317,6 +314,5 @@ class _Sums:
             return
 
     def _compute(self, indices: Sequence[int]) -> dict[int, int]:
-        return {
-            index: self._checksum.of(self._store.read(self._blocks[index]), self._hashes[index]) for index in indices
-        }
+        blocks, hashes = [self._blocks[index] for index in indices], [self._hashes[index] for index in indices]
+        return dict(zip(indices, self._summer.of(blocks, hashes), strict=True))

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import math
+import threading
 from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
@@ -55,3 +57,34 @@ async def off_loop(work: Callable[[], T], num_bytes: int) -> T:
     if num_bytes < OFF_LOOP_BYTES:
         return work()
     return await to_the_end(asyncio.to_thread(work), lambda: None)
+
+
+async def in_thread(work: Callable[[], T], too_late: Callable[[T], None] = lambda result: None) -> T:
+    """Runs ``work`` in a thread of its own, for work that may hang: neither a cancellation nor the process's end waits.
+
+    What comes after a cancellation goes to ``too_late``.
+    """
+    loop = asyncio.get_running_loop()
+    future: asyncio.Future[T] = loop.create_future()
+
+    def deliver(result: T) -> None:
+        if future.cancelled():
+            too_late(result)
+        else:
+            future.set_result(result)
+
+    def fail(error: BaseException) -> None:
+        if not future.cancelled():
+            future.set_exception(error)
+
+    def run() -> None:
+        with contextlib.suppress(RuntimeError):  # the event loop is closed, and with it all who waited
+            try:
+                result = work()
+            except BaseException as error:
+                loop.call_soon_threadsafe(fail, error)
+            else:
+                loop.call_soon_threadsafe(deliver, result)
+
+    threading.Thread(target=run, name="transfer", daemon=True).start()
+    return await future

@@ -5,7 +5,7 @@ Knows the offer's contents; how it travels is ``kvtransfer``'s.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from kvtransfer.fences import Refusals
 from kvtransfer.intake import SendEvents
@@ -18,16 +18,24 @@ from worker.host import EngineHost
 
 
 class Dispatcher:
-    """``session`` makes one hand-off for a job; the caller runs it."""
+    """``session`` makes one hand-off for a job; the caller runs it. ``address``: where decode workers reach us."""
 
     def __init__(
-        self, host: EngineHost, connect: Connect, transports: Sequence[str], *, epoch: Epoch, refusals: Refusals
+        self,
+        host: EngineHost,
+        connect: Connect,
+        transports: Sequence[str],
+        *,
+        epoch: Epoch,
+        refusals: Refusals,
+        address: Callable[[], str] = str,
     ) -> None:
         self._host = host
         self._connect = connect
         self._transports = transports
         self._epoch = epoch
         self._refusals = refusals
+        self._address = address
 
     def session(self, job: Job, events: SendEvents) -> SendSession:
         request, parts = job.request, self._host.parts
@@ -40,7 +48,7 @@ class Dispatcher:
             num_tokens=len(request.prefix),
             num_choices=request.params.n,
             hashes=tuple(parts.hasher.all_blocks(request.prefix, request.cache_salt)),
-            transports=transport_offers(self._transports, parts.kv),
+            transports=transport_offers(self._transports, parts.kv, address=self._address()),
             lease_s=job.lease_s,
         )
         return SendSession(offer, parts.kv, self._connect, job.decode, events, refusals=self._refusals)

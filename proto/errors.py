@@ -22,7 +22,8 @@ TandemError
 │   ├── LayoutMismatch         the peer's KV blocks cannot be ours
 │   └── CorruptBlock           bytes that do not match their checksum
 └── LocalFault                 our own bug: 500
-    └── LocalProtocolError     we asked a state machine for an illegal move
+    ├── LocalProtocolError     we asked a state machine for an illegal move
+    └── DeviceLost             this process can use its GPU no more, and must end
 
 Knows HTTP status codes so that a router can answer with any of them; knows nothing about HTTP otherwise.
 """
@@ -156,3 +157,7 @@ class LocalFault(TandemError):
 
 class LocalProtocolError(LocalFault):
     """Our side asked a state machine for a move its table does not list."""
+
+
+class DeviceLost(LocalFault):
+    """The GPU answers this process no more. Nothing but a new process helps; its requests go on elsewhere."""

@@ -134,6 +134,23 @@ class LedgerSettings:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class RpcSettings:
+    """Encryption between the tiers. Every process of a deployment has it, or none."""
+
+    rpc_tls_cert: str | None = setting(
+        None, "this process's certificate (PEM), which the other tiers check", metavar="FILE"
+    )
+    rpc_tls_key: str | None = setting(None, "its key (PEM)", metavar="FILE")
+    rpc_tls_ca: str | None = setting(
+        None, "certificate (PEM) that signs those of the other tiers; a worker takes no one without", metavar="FILE"
+    )
+    rpc_tls_name: str | None = setting(
+        None, "name in the workers' certificates, where it is not the address they are reached by"
+    )
+    nccl_beside_tls: bool = setting(False, "KV may travel by nccl all the same, which does not encrypt it")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class WorkerSettings:
     """One prefill or decode worker as a process."""
 
@@ -144,7 +161,11 @@ class WorkerSettings:
         None, "port for /health, /ready and /metrics; 0: any free one (default: none)", low=0, high=65535
     )
     worker_id: str | None = setting(None, "stable name of this worker (default: role, host and a nonce)")
-    transports: tuple[str, ...] = setting(("auto",), "ways to move blocks, best first: shm, grpc", metavar="NAME")
+    transports: tuple[str, ...] = setting(
+        ("auto",),
+        "ways to move blocks, best first: shm, cuda_ipc, nccl, grpc; auto: all of them but nccl",
+        metavar="NAME",
+    )
     lease_s: float = setting(30.0, "seconds a hand-off's blocks are kept without news from their peer", low=0.1)
     max_held: int = setting(64, "prompts that may wait, computed, for a decode worker", low=1)
     drain_timeout: float = setting(30.0, "seconds a worker may take to finish its work after SIGTERM", low=0)

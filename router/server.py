@@ -7,6 +7,7 @@ stop    no new requests; those inside finish within the drain timeout, what is l
 
 from __future__ import annotations
 
+import functools
 import logging
 import time
 from collections import defaultdict
@@ -20,7 +21,7 @@ from proto.control import Load, Role
 from proto.errors import NoWorker, Overloaded
 from proto.ids import Epoch, new_epoch
 from proto.inventory import Cleared, Evicted, Stored
-from proto.settings import CacheSettings, LedgerSettings, LogSettings, ModelSettings, RouterSettings
+from proto.settings import CacheSettings, LedgerSettings, LogSettings, ModelSettings, RouterSettings, RpcSettings
 from router.admission import Admission
 from router.app import build_app
 from router.attempt import Rules
@@ -37,7 +38,7 @@ from service import logs
 from service.http import HttpServer
 from service.metrics import RouterMetrics
 from service.process import run_service
-from service.rpc import WorkerClient
+from service.rpc import TlsFiles, WorkerClient
 from service.tracing import StageFanOut
 
 log = logging.getLogger(__name__)
@@ -56,6 +57,7 @@ class RouterService:
         ledger: LedgerSettings,
         model: ModelSettings,
         cache: CacheSettings,
+        tls: TlsFiles | None = None,
     ) -> None:
         self._drain_s = router.drain_timeout
         self._is_draining = False
@@ -70,7 +72,11 @@ class RouterService:
             on_served=lambda served: self.metrics.set_model(served.name),
         )
         self.registry = Registry(
-            self.epoch, WorkerClient, self.models, time.monotonic, health_every_s=router.health_interval
+            self.epoch,
+            functools.partial(WorkerClient, tls=tls),
+            self.models,
+            time.monotonic,
+            health_every_s=router.health_interval,
         )
         self._ledger = RedisLedger.from_settings(ledger)
         self._watcher = LedgerWatcher(
@@ -223,9 +229,13 @@ def run(
     ledger: LedgerSettings,
     model: ModelSettings,
     log_settings: LogSettings,
-    cache: CacheSettings | None = None,
+    cache: CacheSettings,
+    rpc: RpcSettings,
 ) -> int:
-    """Runs a router until it is told to stop; returns the exit code. Of ``cache`` only ``prefix_hash_key`` matters."""
+    """Runs a router until it is told to stop; returns the exit code. Of ``cache`` only ``prefix_hash_key`` matters.
+
+    Raises SettingsError.
+    """
     logs.setup(log_settings)
-    service = RouterService(router, ledger, model, cache or CacheSettings())
+    service = RouterService(router, ledger, model, cache, TlsFiles.of(rpc, is_server=False))
     return run_service(service, drain_timeout=router.drain_timeout + CLOSE_S)

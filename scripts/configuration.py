@@ -36,7 +36,7 @@ a file that `--config` takes back.
 
 def render() -> str:
     parts = [HEAD]
-    for section in ("model", "cache", "scheduler", "local", "ledger", "worker", "router", "log"):
+    for section in ("model", "cache", "scheduler", "local", "ledger", "rpc", "worker", "router", "log"):
         doc = (SECTIONS[section].__doc__ or "").strip().replace("``", "`")
         parts.append(f"## {section}\n\n{doc} {commands_of(section)}\n")
         parts.append("| flag | default | what it is |\n|---|---|---|")

@@ -12,7 +12,15 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from proto.errors import SettingsError, TandemError
-from proto.settings import CacheSettings, LedgerSettings, LogSettings, ModelSettings, RouterSettings, WorkerSettings
+from proto.settings import (
+    CacheSettings,
+    LedgerSettings,
+    LogSettings,
+    ModelSettings,
+    RouterSettings,
+    RpcSettings,
+    WorkerSettings,
+)
 from proto.version import __version__
 from tandem.options import ROUTER, SERVE, WORKER, Resolved, Scope, build_parser, resolve
 from tandem.parser import Parser
@@ -126,6 +134,7 @@ def _router(argv: Sequence[str]) -> int:
         resolved.get(ModelSettings),
         resolved.get(LogSettings),
         resolved.get(CacheSettings),
+        resolved.get(RpcSettings),
     )
 
 
@@ -136,7 +145,13 @@ def _prefill(argv: Sequence[str]) -> int:
     ledger = _meeting_place(resolved)
     from prefill.server import run
 
-    return run(resolved.engine(), resolved.get(WorkerSettings), ledger, resolved.get(LogSettings))
+    return run(
+        resolved.engine(),
+        resolved.get(WorkerSettings),
+        ledger,
+        resolved.get(LogSettings),
+        resolved.get(RpcSettings),
+    )
 
 
 def _decode(argv: Sequence[str]) -> int:
@@ -146,7 +161,13 @@ def _decode(argv: Sequence[str]) -> int:
     ledger = _meeting_place(resolved)
     from decode.server import run
 
-    return run(resolved.engine(), resolved.get(WorkerSettings), ledger, resolved.get(LogSettings))
+    return run(
+        resolved.engine(),
+        resolved.get(WorkerSettings),
+        ledger,
+        resolved.get(LogSettings),
+        resolved.get(RpcSettings),
+    )
 
 
 def _meeting_place(resolved: Resolved) -> LedgerSettings:

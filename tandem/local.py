@@ -29,6 +29,7 @@ from proto.settings import (
     LocalSettings,
     LogSettings,
     RouterSettings,
+    RpcSettings,
     WorkerSettings,
 )
 from router.auth import read_keys
@@ -54,6 +55,7 @@ class StackSettings:
     worker: WorkerSettings
     router: RouterSettings
     log: LogSettings
+    rpc: RpcSettings
 
     @classmethod
     def of(cls, resolved: Resolved, engine: EngineSettings) -> StackSettings:
@@ -64,6 +66,7 @@ class StackSettings:
             worker=resolved.get(WorkerSettings),
             router=resolved.get(RouterSettings),
             log=resolved.get(LogSettings),
+            rpc=resolved.get(RpcSettings),
         )
 
     @property
@@ -262,7 +265,7 @@ def child_groups(settings: StackSettings, machine: Machine, *, is_private: bool)
     parts = shares(machine, settings.engine, num_prefill + num_decode)
     suffix = "" if is_private else f".{socket.gethostname()}-{secrets.token_hex(2)}"
     base = without_settings(child_environment())
-    shared = settings_environ([settings.ledger, settings.log])
+    shared = settings_environ([settings.ledger, settings.log, settings.rpc])
 
     def worker(role: str, number: int, index: int) -> ChildSpec:
         name = f"{role}-{number}"

@@ -25,6 +25,7 @@ from proto.settings import (
     LogSettings,
     ModelSettings,
     RouterSettings,
+    RpcSettings,
     SchedulerSettings,
     WorkerSettings,
 )
@@ -39,6 +40,7 @@ SECTIONS: dict[str, type] = {
     "cache": CacheSettings,
     "scheduler": SchedulerSettings,
     "ledger": LedgerSettings,
+    "rpc": RpcSettings,
     "worker": WorkerSettings,
     "router": RouterSettings,
     "log": LogSettings,

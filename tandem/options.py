@@ -59,9 +59,9 @@ _OF_ROUTER = frozenset(
 """What a router needs of the engine's settings; the rest it learns from the workers."""
 _NOT_OF_ROUTER = frozenset(option.key for section in ("model", "cache") for option in options_of(section)) - _OF_ROUTER
 
-SERVE = Scope(("local", *_ENGINE, "ledger", "worker", "router", "log"), _OWN_ADDRESS | _SHARED, takes_model=True)
-WORKER = Scope((*_ENGINE, "ledger", "worker", "log"), takes_model=True)
-ROUTER = Scope(("router", "ledger", "model", "cache", "log"), _NOT_OF_ROUTER)
+SERVE = Scope(("local", *_ENGINE, "ledger", "rpc", "worker", "router", "log"), _OWN_ADDRESS | _SHARED, takes_model=True)
+WORKER = Scope((*_ENGINE, "ledger", "rpc", "worker", "log"), takes_model=True)
+ROUTER = Scope(("router", "ledger", "rpc", "model", "cache", "log"), _NOT_OF_ROUTER)
 OFFLINE = Scope(_ENGINE)
 
 

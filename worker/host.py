@@ -17,6 +17,7 @@ from typing import Protocol, TypeVar
 
 from engine.build import EngineParts, build_core, load_engine_parts
 from engine.core import EngineCore
+from engine.kv_memory import KvMemory
 from engine.loop import EngineLoop, StepHeartbeat
 from engine.output import StepOutput
 from engine.stats import EngineStats
@@ -77,7 +78,8 @@ class EngineHost:
         self._asyncio = asyncio.get_running_loop()
         self._parts = await asyncio.to_thread(load_engine_parts, self._settings, on_phase)
         core = build_core(self._parts, self._settings, on_started=self._on_started)
-        self._loop = EngineLoop(core, on_step=lambda output: self._on_step(core, output), on_crash=self._on_crash)
+        kv = self._parts.kv
+        self._loop = EngineLoop(core, on_step=lambda output: self._on_step(core, kv, output), on_crash=self._on_crash)
         self._loop.start()
 
     def post(self, fn: Callable[[EngineCore], T]) -> asyncio.Future[T]:
@@ -98,11 +100,13 @@ class EngineHost:
 
     def _send(self, fn: Callable[[EngineCore], T]) -> Future[T]:
         assert self._loop is not None, "open() comes first"
+        kv = self.parts.kv
 
         def run_and_collect(core: EngineCore) -> T:
             try:
                 return fn(core)
             finally:
+                kv.fence()
                 self._collect_cache_events(core)
                 load = core.load()
                 self._hop(lambda: self._events.load_changed(load))
@@ -113,6 +117,10 @@ class EngineHost:
     def heartbeat(self) -> StepHeartbeat | None:
         """When the last step ended and whether there is work; None before the engine is up."""
         return self._loop.heartbeat if self._loop else None
+
+    def condemn(self, error: BaseException) -> None:
+        """The engine cannot go on, for a reason that was found elsewhere: as if its thread had crashed."""
+        self._events.crashed(error)
 
     async def close(self) -> None:
         """Ends the thread and gives the memory back; a step that does not end keeps the memory it writes into."""
@@ -129,7 +137,8 @@ class EngineHost:
     def _on_started(self, request: RequestId) -> None:
         self._hop(lambda: self._events.started(request))
 
-    def _on_step(self, core: EngineCore, output: StepOutput) -> None:
+    def _on_step(self, core: EngineCore, kv: KvMemory, output: StepOutput) -> None:
+        kv.fence()
         news = StepNews(output, core.load(), core.stats)
         self._hop(lambda: self._events.stepped(news))
         self._collect_cache_events(core)

@@ -29,11 +29,11 @@ from proto.ids import BlockHash, Epoch, Generation, RequestId, WorkerId, new_epo
 from proto.inventory import CacheChange
 from proto.layout import WIRE_VERSION
 from proto.lifecycle import Stage
-from proto.settings import EngineSettings, LedgerSettings, WorkerSettings
+from proto.settings import EngineSettings, LedgerSettings, RpcSettings, WorkerSettings
 from service.health import Health
 from service.http import HttpServer, worker_app
 from service.metrics import EngineTotals, WorkerMetrics
-from service.rpc import RouterStream, join_address, serve, split_address, worker_handler
+from service.rpc import RouterStream, TlsFiles, join_address, serve, split_address, worker_handler
 from worker.host import EngineHost, StepNews
 from worker.leases import Orphaned
 from worker.routers import RouterStreams
@@ -76,6 +76,10 @@ class WorkerContext:
     metrics: WorkerMetrics
     settings: WorkerSettings
     orphaned: Orphaned
+    rpc: RpcSettings
+    tls: TlsFiles | None
+    address: Callable[[], str]
+    """host:port others reach this worker by; known once it listens."""
 
 
 TierParts = tuple[Tier, Sequence[grpc.GenericRpcHandler]]
@@ -92,6 +96,7 @@ class WorkerService:
         worker: WorkerSettings,
         ledger: LedgerSettings,
         build_tier: Callable[[WorkerContext], TierParts],
+        rpc: RpcSettings,
     ) -> None:
         if ledger.redis is None:
             raise SettingsError(
@@ -101,6 +106,8 @@ class WorkerService:
         self._engine_settings = engine
         self._settings = worker
         self._ledger_settings = ledger
+        self._tls = TlsFiles.of(rpc, is_server=True)
+        self._address = ""
         self.epoch = new_epoch()
         self._health = Health(stall_after_s=worker.stall_timeout)
         self._host = EngineHost(engine, self)
@@ -108,7 +115,17 @@ class WorkerService:
         self._routers = RouterStreams()
         model = engine.model
         self._metrics = WorkerMetrics(next(iter(model.served_model_name), None) or model.model or "", role)
-        context = WorkerContext(self.epoch, self._host, self._routers, self._metrics, worker, self._orphaned)
+        context = WorkerContext(
+            epoch=self.epoch,
+            host=self._host,
+            routers=self._routers,
+            metrics=self._metrics,
+            settings=worker,
+            orphaned=self._orphaned,
+            rpc=rpc,
+            tls=self._tls,
+            address=lambda: self._address,
+        )
         self._tier, self._handlers = build_tier(context)
         self._load = _UNKNOWN_LOAD
         self._last_report = 0.0
@@ -123,13 +140,15 @@ class WorkerService:
     async def start(self) -> None:
         self._crashed = asyncio.get_running_loop().create_future()
         handler = worker_handler(self._describe, self._report, self._on_stream)
-        self._server, port = await serve(self._settings.host, self._settings.port, [handler, *self._handlers])
+        handlers = [handler, *self._handlers]
+        self._server, port = await serve(self._settings.host, self._settings.port, handlers, self._tls)
+        self._address = advertised(self._settings, port)
         await self._start_http()
         await self._host.open(self._health.loading)
         self._show_memory()
         self._ledger = RedisLedger.from_settings(self._ledger_settings)
 
-        record = self._record(port)
+        record = self._record()
         self._worker = record.worker
         self._publisher = WorkerPublisher(
             self._ledger,
@@ -181,16 +200,15 @@ class WorkerService:
             prefix_caching=self._engine_settings.cache.enable_prefix_caching,
         )
 
-    def _record(self, port: int) -> records.WorkerRecord:
+    def _record(self) -> records.WorkerRecord:
         parts = self._host.parts
-        address = advertised(self._settings, port)
-        host, _ = split_address(address)
+        host, _ = split_address(self._address)
         name = self._settings.worker_id or f"{self._role.value}-{socket.gethostname()}-{self.epoch[:6]}"
         return records.WorkerRecord(
             worker=WorkerId(name),
             role=self._role,
             epoch=self.epoch,
-            address=address,
+            address=self._address,
             http_address=join_address(host, self._http.port) if self._http else None,
             layout=parts.facts.layout.fingerprint(),
             numerics=parts.facts.numerics,

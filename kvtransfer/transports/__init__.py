@@ -1,24 +1,32 @@
 """How payloads get from P's memory into D's: what P can offer, and what D can use of it.
 
-Inside the frame (``grpc``, and ``memory`` within one process), or read by D from memory that P exports (``shm``).
-D takes the first way offered that it is allowed, and that it has proved to work.
+    inside the frame        ``grpc``, and ``memory`` within one process
+    read by D, from P's     ``shm`` (CPUs of one host), ``cuda_ipc`` (GPUs of one host), ``nccl`` (GPUs of two)
+
+Whatever the way, only D writes D's memory, and P's is only read. D takes the first way offered that it is allowed, and
+that it has proved to work: it has read a nonce of P's through it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from kvtransfer.transport import BlockStore
 from proto.errors import RemoteProtocolError
 from proto.handoff import Located, Offer, TransportOffer
 from proto.ids import BlockId, Epoch
-from proto.layout import KvLayout
 
 GRPC = "grpc"
 MEMORY = "memory"
 SHM = "shm"
+CUDA_IPC = "cuda_ipc"
+NCCL = "nccl"
 AUTO = "auto"
+READ_BY_D = frozenset({SHM, CUDA_IPC, NCCL})
+
+HOST_BATCH_BYTES = 8 << 20
+"""How much the CPU best copies at a time: some milliseconds' work."""
 
 Payload = bytes | memoryview | Located
 
@@ -26,22 +34,27 @@ Payload = bytes | memoryview | Located
 class PayloadSource(Protocol):
     """Where the payloads of one hand-off come from, on D's side."""
 
-    def fetch(self, payload: Payload) -> bytes | memoryview:
-        """The block's bytes, without a copy where that is possible; valid until ``close``.
+    @property
+    def batch_bytes(self) -> int:
+        """How much is best placed in one call."""
 
-        Called from any thread. Raises RemoteProtocolError where the payload points nowhere.
+    def place(self, payloads: Sequence[Payload], blocks: Sequence[BlockId], store: BlockStore) -> list[bool]:
+        """Copies each payload into the block of ``store`` beside it; returns when the bytes are there.
+
+        False for those that could not be had: as useless as damaged ones. Called from any thread. Raises DeviceLost.
         """
 
-    def close(self) -> None: ...
+    def close(self) -> None:
+        """Nothing is being placed any more. May be called twice."""
 
 
 class PayloadReader(Protocol):
-    """D's side of one way to move payloads."""
+    """D's side of one way to move payloads. For one event loop."""
 
     @property
     def name(self) -> str: ...
 
-    def open(self, detail: bytes, epoch: Epoch, layout: KvLayout) -> PayloadSource | None:
+    async def open(self, detail: bytes, epoch: Epoch, store: BlockStore) -> PayloadSource | None:
         """A source for one hand-off from the P of ``epoch``; None where this way does not work with it."""
 
     def close(self) -> None:
@@ -60,7 +73,7 @@ class InlineReader:
     def __init__(self, name: str) -> None:
         self.name = name
 
-    def open(self, detail: bytes, epoch: Epoch, layout: KvLayout) -> PayloadSource:
+    async def open(self, detail: bytes, epoch: Epoch, store: BlockStore) -> PayloadSource:
         return _InlineSource()
 
     def close(self) -> None:
@@ -68,13 +81,49 @@ class InlineReader:
 
 
 class _InlineSource:
-    def fetch(self, payload: Payload) -> bytes | memoryview:
-        if isinstance(payload, Located):
-            raise RemoteProtocolError("a frame without its payload")
-        return payload
+    batch_bytes = HOST_BATCH_BYTES
+
+    def place(self, payloads: Sequence[Payload], blocks: Sequence[BlockId], store: BlockStore) -> list[bool]:
+        return place_each(_inline, payloads, blocks, store)
 
     def close(self) -> None:
         """Nothing is held."""
+
+
+def _inline(payload: Payload) -> bytes | memoryview:
+    if isinstance(payload, Located):
+        raise RemoteProtocolError("a frame without its payload")
+    return payload
+
+
+def place_each(
+    fetch: Callable[[Payload], bytes | memoryview],
+    payloads: Sequence[Payload],
+    blocks: Sequence[BlockId],
+    store: BlockStore,
+) -> list[bool]:
+    """``PayloadSource.place`` for bytes that the CPU sees; ``fetch`` raises RemoteProtocolError if there are none."""
+    return [_place_one(fetch, payload, block, store) for payload, block in zip(payloads, blocks, strict=True)]
+
+
+def _place_one(
+    fetch: Callable[[Payload], bytes | memoryview], payload: Payload, block: BlockId, store: BlockStore
+) -> bool:
+    try:
+        store.write(block, fetch(payload))
+    except RemoteProtocolError:
+        return False
+    return True
+
+
+def located_block(payload: Payload, block_bytes: int, num_blocks: int) -> int:
+    """Which of P's blocks a frame points at. Raises RemoteProtocolError where it points at none."""
+    if not isinstance(payload, Located):
+        raise RemoteProtocolError("a payload inside a frame, where it was agreed that D reads it")
+    block, rest = divmod(payload.offset, block_bytes)
+    if rest or block >= num_blocks:
+        raise RemoteProtocolError(f"no block lies at {payload.offset} of the peer's memory")
+    return block
 
 
 class InlineWriter:
@@ -88,7 +137,7 @@ class InlineWriter:
 
 
 class LocatedWriter:
-    """The block's place in the exported memory."""
+    """The block's place in P's memory."""
 
     def __init__(self, store: BlockStore) -> None:
         self._block_bytes = store.layout.block_bytes
@@ -98,17 +147,17 @@ class LocatedWriter:
 
 
 def writer(name: str, store: BlockStore) -> PayloadWriter:
-    return LocatedWriter(store) if name == SHM else InlineWriter(store)
+    return LocatedWriter(store) if name in READ_BY_D else InlineWriter(store)
 
 
-def choose(offer: Offer, readers: Sequence[PayloadReader], layout: KvLayout) -> tuple[str, PayloadSource] | None:
+async def choose(offer: Offer, readers: Sequence[PayloadReader], store: BlockStore) -> tuple[str, PayloadSource] | None:
     """The first transport offered that one of ``readers`` can use; None where there is none."""
     by_name = {reader.name: reader for reader in readers}
     for transport in offer.transports:
         reader = by_name.get(transport.name)
         if reader is None:
             continue
-        source = reader.open(transport.detail, offer.fence.prefill_epoch, layout)
+        source = await reader.open(transport.detail, offer.fence.prefill_epoch, store)
         if source is not None:
             return transport.name, source
     return None

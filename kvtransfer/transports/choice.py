@@ -1,43 +1,104 @@
-"""From a worker's settings to what it offers and what it can use. ``auto`` is every way that works, best first."""
+"""From a worker's settings to what it offers and what it can use. ``auto`` is every way that works, best first.
+
+What belongs to GPUs is loaded only where it is asked for and there may be one.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 from kvtransfer.transport import BlockStore
-from kvtransfer.transports import AUTO, GRPC, MEMORY, SHM, InlineReader, PayloadReader
+from kvtransfer.transports import AUTO, CUDA_IPC, GRPC, MEMORY, NCCL, SHM, InlineReader, PayloadReader
 from kvtransfer.transports.shm import ShmReader, shm_offer
 from proto.errors import SettingsError
 from proto.handoff import TransportOffer
+from proto.ids import Epoch
+from service.rpc import TlsFiles
 
-BEST_FIRST = (SHM, GRPC)
+BEST_FIRST = (SHM, CUDA_IPC, NCCL, GRPC)
+OF_AUTO = (SHM, CUDA_IPC, GRPC)
+"""Not nccl: it is for those who name it until it has been seen to work between two GPUs."""
 
 
-def allowed_names(setting: Sequence[str]) -> tuple[str, ...]:
-    """The transports that ``setting`` names, best first as it says. Raises SettingsError for unknown ones."""
+def allowed_names(
+    setting: Sequence[str], tls: TlsFiles | None = None, *, nccl_beside_tls: bool = False
+) -> tuple[str, ...]:
+    """The transports that ``setting`` names, best first as it says. Raises SettingsError for those there cannot be."""
     names: list[str] = []
     for name in setting:
         if name not in (AUTO, MEMORY, *BEST_FIRST):
             raise SettingsError(f"unknown transport {name!r}; there are {', '.join(BEST_FIRST)} and {AUTO}")
-        names += BEST_FIRST if name == AUTO else (name,)
+        names += OF_AUTO if name == AUTO else (name,)
     if not names:
         raise SettingsError("no transport is allowed")
+    if NCCL in names and tls is not None and not nccl_beside_tls:
+        raise SettingsError(
+            "transports: nccl does not encrypt, and --rpc-tls-cert asks for encryption between the tiers. Leave nccl "
+            "out, or allow it with --nccl-beside-tls where the network is trusted."
+        )
     return tuple(dict.fromkeys(names))
 
 
-def transport_offers(setting: Sequence[str], store: BlockStore) -> tuple[TransportOffer, ...]:
-    """What a prefill worker offers. Raises SettingsError where none of what is allowed works with its memory."""
-    offers: list[TransportOffer] = []
-    for name in allowed_names(setting):
-        if name != SHM:
-            offers.append(TransportOffer(name))
-        elif (export := store.export()) is not None:
-            offers.append(shm_offer(export))
+def transport_offers(names: Sequence[str], store: BlockStore, *, address: str = "") -> tuple[TransportOffer, ...]:
+    """What a prefill worker offers that can be reached at ``address``.
+
+    Raises SettingsError where none of what is allowed works with its memory.
+    """
+    offers = [offer for name in allowed_names(names) if (offer := _offer(name, store, address)) is not None]
     if not offers:
-        raise SettingsError(f"transports {', '.join(setting)}: this worker's memory cannot be shared; allow {GRPC}")
+        raise SettingsError(f"transports {', '.join(names)}: this worker's memory cannot be shared so; allow {GRPC}")
     return tuple(offers)
 
 
-def payload_readers(setting: Sequence[str]) -> tuple[PayloadReader, ...]:
-    """What a decode worker can use; to be closed when it stops. Raises SettingsError."""
-    return tuple(ShmReader() if name == SHM else InlineReader(name) for name in allowed_names(setting))
+def _offer(name: str, store: BlockStore, address: str) -> TransportOffer | None:
+    """None where it does not work with this memory."""
+    if name == SHM:
+        export = store.export()
+        return None if export is None else shm_offer(export)
+    if name not in (CUDA_IPC, NCCL):
+        return TransportOffer(name)
+    device = store.on_device()
+    if device is None:
+        return None
+    if name == NCCL:
+        from kvtransfer.transports.nccl import nccl_offer
+
+        return nccl_offer(device, store.layout, address)
+    from kvtransfer.transports.cuda_driver import CudaDriver
+    from kvtransfer.transports.cuda_ipc import IpcUnavailable, cuda_ipc_offer
+
+    try:
+        return cuda_ipc_offer(CudaDriver(), device)
+    except IpcUnavailable:
+        return None
+
+
+def payload_readers(names: Sequence[str], epoch: Epoch, tls: TlsFiles | None = None) -> tuple[PayloadReader, ...]:
+    """What a decode worker of ``epoch`` can use; to be closed when it stops.
+
+    Raises SettingsError where none of what is allowed works here.
+    """
+    found = (_reader(name, epoch, tls) for name in allowed_names(names))
+    readers = tuple(reader for reader in found if reader is not None)
+    if not readers:
+        raise SettingsError(f"transports {', '.join(names)}: there is no CUDA driver here; allow {GRPC}")
+    return readers
+
+
+def _reader(name: str, epoch: Epoch, tls: TlsFiles | None) -> PayloadReader | None:
+    """None where it works with no memory here."""
+    if name == SHM:
+        return ShmReader()
+    if name == NCCL:
+        from kvtransfer.transports.nccl import NcclReader
+
+        return NcclReader(epoch, tls)
+    if name != CUDA_IPC:
+        return InlineReader(name)
+    from kvtransfer.transports.cuda_driver import CudaDriver
+    from kvtransfer.transports.cuda_ipc import CudaIpcReader, IpcUnavailable
+
+    try:
+        return CudaIpcReader(CudaDriver())
+    except IpcUnavailable:
+        return None

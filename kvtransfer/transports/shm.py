@@ -3,27 +3,24 @@
 Frames carry places instead of bytes, over whatever link the hand-off has. D alone decides to use it, once it has found
 P's nonce where P said it would be: another host or container, another user, or a pid used again, fall back to gRPC.
 P may reuse a block while D still reads it, should D be late: the checksum, taken while P held the block, then fails.
-
-One mapping per incarnation of P, shared by its hand-offs and closed when its process ends: a mapping that stays
-behind would keep a dead worker's whole memory.
 """
 
 from __future__ import annotations
 
-import asyncio
 import mmap
 import os
 import stat
-from collections.abc import Callable
+from collections.abc import Sequence
 from dataclasses import astuple
 
 import msgpack
 
-from kvtransfer.transports import SHM, Payload
-from proto.errors import RemoteProtocolError
-from proto.handoff import Located, TransportOffer
-from proto.ids import Epoch
-from proto.layout import KvLayout, MemoryExport
+from kvtransfer.transport import BlockStore
+from kvtransfer.transports import HOST_BATCH_BYTES, SHM, Payload, located_block, place_each
+from kvtransfer.transports.mapping import Mapping, Mappings
+from proto.handoff import TransportOffer
+from proto.ids import BlockId, Epoch
+from proto.layout import MemoryExport
 
 
 def shm_offer(export: MemoryExport) -> TransportOffer:
@@ -49,105 +46,75 @@ def read_export(detail: bytes) -> MemoryExport | None:
 
 
 class ShmReader:
-    """D's mappings. For one event loop; ``fetch`` of its sources may be called from any thread."""
+    """D's mappings. For one event loop; ``place`` of its sources may be called from any thread."""
 
     name = SHM
 
     def __init__(self) -> None:
-        self._mappings: dict[Epoch, _Mapping] = {}
+        self._mappings: Mappings[_Mapped] = Mappings(_Mapped.unmap)
 
     @property
     def num_mappings(self) -> int:
         return len(self._mappings)
 
-    def open(self, detail: bytes, epoch: Epoch, layout: KvLayout) -> ShmSource | None:
+    async def open(self, detail: bytes, epoch: Epoch, store: BlockStore) -> ShmSource | None:
         mapping = self._mappings.get(epoch)
         if mapping is None:
             export = read_export(detail)
-            if export is None or (mapping := _map(export)) is None:
+            if export is None or (mapped := _map(export)) is None:
                 return None
-            self._mappings[epoch] = mapping
-            if not mapping.watch(lambda: self.forget(epoch)):
-                # Nobody will say when its process ends: not kept longer than it is used.
-                mapping.on_idle = lambda: self.forget(epoch)
-        return ShmSource(mapping, layout.block_bytes)
+            # Its file was found under its pid: the number means that process here, too.
+            mapping = self._mappings.keep(epoch, mapped, export.pid)
+        return ShmSource(mapping, store.layout.block_bytes)
 
     def forget(self, epoch: Epoch) -> None:
         """That incarnation is over. Its memory goes with the last source that reads it."""
-        mapping = self._mappings.pop(epoch, None)
-        if mapping is not None:
-            mapping.retire()
+        self._mappings.forget(epoch)
 
     def close(self) -> None:
-        for epoch in list(self._mappings):
-            self.forget(epoch)
+        self._mappings.close()
 
 
 class ShmSource:
     """One hand-off's view of a mapping."""
 
-    def __init__(self, mapping: _Mapping, block_bytes: int) -> None:
-        self._mapping: _Mapping | None = mapping
+    batch_bytes = HOST_BATCH_BYTES
+
+    def __init__(self, mapping: Mapping[_Mapped], block_bytes: int) -> None:
+        self._mapping: Mapping[_Mapped] | None = mapping
         self._block_bytes = block_bytes
-        mapping.num_users += 1
+        mapping.take()
+
+    def place(self, payloads: Sequence[Payload], blocks: Sequence[BlockId], store: BlockStore) -> list[bool]:
+        return place_each(self.fetch, payloads, blocks, store)
 
     def fetch(self, payload: Payload) -> memoryview:
+        """The block in P's memory, without a copy. Raises RemoteProtocolError where there is none."""
         assert self._mapping is not None, "a closed source is not read"
-        if not isinstance(payload, Located):
-            raise RemoteProtocolError("a payload inside a frame, where shared memory was agreed")
-        end = payload.offset + self._block_bytes
-        if payload.offset % self._block_bytes or end > self._mapping.num_bytes:
-            raise RemoteProtocolError(f"no block lies at {payload.offset} of the shared memory")
-        return self._mapping.view[payload.offset : end]
+        mapped = self._mapping.memory
+        start = self._block_bytes * located_block(payload, self._block_bytes, mapped.num_bytes // self._block_bytes)
+        return mapped.view[start : start + self._block_bytes]
 
     def close(self) -> None:
         mapping, self._mapping = self._mapping, None
         if mapping is not None:
-            mapping.num_users -= 1
-            mapping.settle()
+            mapping.give_back()
 
 
-class _Mapping:
-    """A peer's memory, and a handle of its process that tells of its end."""
+class _Mapped:
+    """``num_bytes`` of blocks, read-only."""
 
     def __init__(self, export: MemoryExport, mapped: mmap.mmap) -> None:
         self.num_bytes = export.nonce_offset
-        self.num_users = 0
-        self.on_idle: Callable[[], None] | None = None
         self.view = memoryview(mapped)
         self._mapped = mapped
-        self._pid = export.pid
-        self._process: int | None = None
-        self._is_retired = False
 
-    def watch(self, on_end: Callable[[], None]) -> bool:
-        """Calls ``on_end`` when the process ends. False where the system cannot tell."""
-        try:
-            self._process = os.pidfd_open(self._pid)
-        except (OSError, AttributeError):
-            return False
-        asyncio.get_running_loop().add_reader(self._process, on_end)
-        return True
-
-    def retire(self) -> None:
-        self._is_retired = True
-        if self._process is not None:
-            asyncio.get_running_loop().remove_reader(self._process)
-            os.close(self._process)
-            self._process = None
-        self.settle()
-
-    def settle(self) -> None:
-        if self.num_users:
-            return
-        if self._is_retired:
-            self.view.release()
-            self._mapped.close()
-        elif self.on_idle is not None:
-            self.on_idle()
+    def unmap(self) -> None:
+        self.view.release()
+        self._mapped.close()
 
 
-def _map(export: MemoryExport) -> _Mapping | None:
+def _map(export: MemoryExport) -> _Mapped | None:
     """None where it cannot be mapped, or is not what its owner meant."""
     try:
         # Never waits, whatever the number turns out to be: a pipe, say, or another process's file.
@@ -160,7 +127,7 @@ def _map(export: MemoryExport) -> _Mapping | None:
             return None
         if os.pread(fd, len(export.nonce), export.nonce_offset) != export.nonce:
             return None
-        return _Mapping(export, mmap.mmap(fd, export.num_bytes, prot=mmap.PROT_READ))
+        return _Mapped(export, mmap.mmap(fd, export.num_bytes, prot=mmap.PROT_READ))
     except (OSError, ValueError):
         return None
     finally:

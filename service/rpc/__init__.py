@@ -5,10 +5,11 @@ Knows connections, deadlines and bytes; what the messages mean is the tiers' bus
 
 from service.rpc.client import WorkerClient, WorkerStream
 from service.rpc.connection import TlsFiles, channel, join_address, serve, split_address
-from service.rpc.duplex import StreamClosed
+from service.rpc.duplex import Duplex, StreamClosed
 from service.rpc.worker import RouterStream, worker_handler
 
 __all__ = [
+    "Duplex",
     "RouterStream",
     "StreamClosed",
     "TlsFiles",

@@ -5,6 +5,7 @@ Knows nothing of the services that run over them.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +13,8 @@ from pathlib import Path
 import grpc
 import grpc.aio
 
-from proto.errors import SetupError
+from proto.errors import SettingsError, SetupError
+from proto.settings import RpcSettings
 from proto.wire import MAX_MESSAGE_BYTES
 
 _SLACK_BYTES = 1 << 20
@@ -64,6 +66,26 @@ class TlsFiles:
     authority: Path | None = None
     name: str | None = None
 
+    @classmethod
+    def of(cls, settings: RpcSettings, *, is_server: bool) -> TlsFiles | None:
+        """What the settings ask for; None where that is no encryption. Raises SettingsError, and SetupError at once
+        where a file is missing."""
+        given = (settings.rpc_tls_cert, settings.rpc_tls_key, settings.rpc_tls_ca)
+        certificate, key, authority = (Path(name) if name else None for name in given)
+        if (certificate is None) != (key is None):
+            raise SettingsError("--rpc-tls-cert and --rpc-tls-key go together: a certificate is of use with its key.")
+        if certificate is None and authority is None:
+            if settings.rpc_tls_name:
+                raise SettingsError("--rpc-tls-name is for encrypted connections: give --rpc-tls-ca, too.")
+            return None
+        files = cls(certificate, key, authority, settings.rpc_tls_name or None)
+        if is_server:
+            if certificate is None:
+                raise SettingsError("A worker with --rpc-tls-ca needs --rpc-tls-cert and --rpc-tls-key, too.")
+            files.server_credentials()
+        files.channel_credentials()
+        return files
+
     def server_credentials(self) -> grpc.ServerCredentials:
         """Raises SetupError when a file is missing."""
         if self.certificate is None or self.key is None:
@@ -75,12 +97,17 @@ class TlsFiles:
         )
 
     def channel_credentials(self) -> grpc.ChannelCredentials:
-        """Raises SetupError when a file is missing."""
-        return grpc.ssl_channel_credentials(
-            root_certificates=_read(self.authority) if self.authority else None,
-            private_key=_read(self.key) if self.key else None,
-            certificate_chain=_read(self.certificate) if self.certificate else None,
-        )
+        """Raises SetupError when a file is missing. Read once: a connection is shared by equal credentials only."""
+        return _channel_credentials(self)
+
+
+@functools.lru_cache(maxsize=8)
+def _channel_credentials(files: TlsFiles) -> grpc.ChannelCredentials:
+    return grpc.ssl_channel_credentials(
+        root_certificates=_read(files.authority) if files.authority else None,
+        private_key=_read(files.key) if files.key else None,
+        certificate_chain=_read(files.certificate) if files.certificate else None,
+    )
 
 
 def _read(path: Path) -> bytes:

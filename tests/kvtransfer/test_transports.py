@@ -24,6 +24,7 @@ from proto.ids import BlockId, Epoch, WorkerId
 from proto.layout import KvLayout, MemoryExport
 from service.rpc import channel, serve
 from tests.support.handoff import (
+    BLOCK,
     CHOICES,
     LAYOUT,
     Ear,
@@ -390,8 +391,9 @@ class Exporting(Store):
 
 class TestChoice:
     def test_auto_is_the_best_first(self) -> None:
-        assert allowed_names(("auto",)) == ("shm", "grpc")
-        assert allowed_names(("grpc", "auto")) == ("grpc", "shm")
+        assert allowed_names(("auto",)) == ("shm", "cuda_ipc", "grpc")
+        assert allowed_names(("grpc", "auto")) == ("grpc", "shm", "cuda_ipc")
+        assert allowed_names(("nccl", "auto")) == ("nccl", "shm", "cuda_ipc", "grpc")
 
     @pytest.mark.parametrize("setting", [(), ("rdma",)])
     def test_what_is_not_there_cannot_be_allowed(self, setting: tuple[str, ...]) -> None:
@@ -404,17 +406,22 @@ class TestChoice:
         with pytest.raises(SettingsError, match="allow grpc"):
             transport_offers(("shm",), Store(1))
 
-    def test_the_first_offered_that_is_usable_is_chosen(self) -> None:
+    async def test_the_first_offered_that_is_usable_is_chosen(self) -> None:
         offer = make_offer(1, transports=("shm", "memory", "grpc"))
-        chosen = choose(offer, payload_readers(("auto",)), LAYOUT)  # shm's detail is empty: it does not work
+        chosen = await choose(
+            offer, payload_readers(("auto",), Epoch("d")), Store(1)
+        )  # shm's detail is empty: it does not work
         assert chosen is not None
         assert chosen[0] == "grpc"
-        assert choose(offer, payload_readers(("shm",)), LAYOUT) is None
+        assert await choose(offer, payload_readers(("shm",), Epoch("d")), Store(1)) is None
         assert inline_offers("grpc", "memory")[1].name == "memory"
-        assert SHM in {reader.name for reader in payload_readers(("auto",))}
+        assert SHM in {reader.name for reader in payload_readers(("auto",), Epoch("d"))}
 
-    def test_a_place_is_no_payload_inside_the_frame(self) -> None:
-        source = InlineReader("grpc").open(b"", Epoch("p"), LAYOUT)
-        with pytest.raises(RemoteProtocolError):
-            source.fetch(Located(0))
+    async def test_a_place_is_no_payload_inside_the_frame(self) -> None:
+        store = Store(2)
+        source = await InlineReader("grpc").open(b"", Epoch("p"), store)
+        right = bytes(range(BLOCK))
+        assert source.place([Located(0), right], [BlockId(0), BlockId(1)], store) == [False, True]
+        assert store.writes == {1: 1}
+        assert bytes(store.read(BlockId(1))) == right
         source.close()

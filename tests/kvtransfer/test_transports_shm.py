@@ -43,7 +43,7 @@ def store() -> Iterator[SharedStore]:
 
 async def test_a_source_shows_the_peers_blocks(store: SharedStore) -> None:
     reader = ShmReader()
-    source = reader.open(shm_offer(store.export()).detail, P, SHARED_LAYOUT)
+    source = await reader.open(shm_offer(store.export()).detail, P, store)
     assert source is not None
     store.write(BlockId(2), content(make_offer(1).hashes[0], BLOCK_BYTES))
     view = source.fetch(LocatedWriter(store).payload(BlockId(2)))
@@ -56,7 +56,7 @@ async def test_a_source_shows_the_peers_blocks(store: SharedStore) -> None:
 
 async def test_one_mapping_serves_all_hand_offs_of_an_incarnation(store: SharedStore) -> None:
     reader, detail = ShmReader(), shm_offer(store.export()).detail
-    sources = [reader.open(detail, P, SHARED_LAYOUT) for _ in range(3)]
+    sources = [await reader.open(detail, P, store) for _ in range(3)]
     assert reader.num_mappings == 1
     for source in sources:
         assert source is not None
@@ -70,7 +70,7 @@ async def test_one_mapping_serves_all_hand_offs_of_an_incarnation(store: SharedS
 
 async def test_a_mapping_in_use_outlives_its_epoch(store: SharedStore) -> None:
     reader = ShmReader()
-    source = reader.open(shm_offer(store.export()).detail, P, SHARED_LAYOUT)
+    source = await reader.open(shm_offer(store.export()).detail, P, store)
     assert source is not None
     reader.close()
     view = source.fetch(Located(0))
@@ -82,12 +82,13 @@ async def test_a_mapping_in_use_outlives_its_epoch(store: SharedStore) -> None:
 @pytest.mark.parametrize("offset", [1, BLOCK_BYTES - 1, 4 * BLOCK_BYTES, 1 << 40])
 async def test_a_place_where_no_block_lies(store: SharedStore, offset: int) -> None:
     reader = ShmReader()
-    source = reader.open(shm_offer(store.export()).detail, P, SHARED_LAYOUT)
+    source = await reader.open(shm_offer(store.export()).detail, P, store)
     assert source is not None
     with pytest.raises(RemoteProtocolError):
         source.fetch(Located(offset))
     with pytest.raises(RemoteProtocolError):
         source.fetch(b"inline")
+    assert source.place([Located(offset)], [BlockId(0)], Store(1, SHARED_LAYOUT)) == [False]
     source.close()
     reader.close()
 
@@ -105,14 +106,14 @@ async def test_a_place_where_no_block_lies(store: SharedStore, offset: int) -> N
 async def test_memory_that_is_not_what_was_meant_is_not_used(
     store: SharedStore, change: Callable[[MemoryExport], MemoryExport]
 ) -> None:
-    assert ShmReader().open(shm_offer(change(store.export())).detail, P, SHARED_LAYOUT) is None
+    assert await ShmReader().open(shm_offer(change(store.export())).detail, P, store) is None
 
 
-async def test_a_pipe_is_no_memory_and_is_not_waited_for() -> None:
+async def test_a_pipe_is_no_memory_and_is_not_waited_for(store: SharedStore) -> None:
     ours, theirs = os.pipe()
     try:
         export = MemoryExport(os.getpid(), ours, 116, 100, b"sixteen bytes ok")
-        assert ShmReader().open(shm_offer(export).detail, P, SHARED_LAYOUT) is None
+        assert await ShmReader().open(shm_offer(export).detail, P, store) is None
     finally:
         os.close(ours)
         os.close(theirs)
@@ -175,9 +176,11 @@ async def test_a_block_that_changed_under_the_reader_is_noticed(store: SharedSto
     await ear.until("granted")
     await session._sums.of(0)
     store.write(blocks[0], bytes(BLOCK_BYTES))
+    await ear.until("held")
+    session.withdraw("nobody else")
     await running
     assert tier.freed_with == [(0, "corrupt")]
-    assert ear.told == ["granted", "released"]
+    assert ear.told == ["granted", "held", "released"]
     await network.drain()
     reader.close()
 

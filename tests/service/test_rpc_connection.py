@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,9 +10,11 @@ import grpc.aio
 import pytest
 
 from proto.control import ModelCard
-from proto.errors import NoWorker, SetupError
+from proto.errors import NoWorker, SettingsError, SetupError
 from proto.health import HealthReport, Phase
+from proto.settings import RpcSettings
 from service.rpc import RouterStream, TlsFiles, WorkerClient, join_address, serve, split_address, worker_handler
+from tests.support.certificates import self_signed
 
 CARD = ModelCard("m", ("m",), "d", 64, 100, (2,), 16, "l", "ns", {"tokenizer.json": bytes(40 << 20)})
 
@@ -74,23 +75,7 @@ def test_what_is_no_address(text: str) -> None:
 
 @pytest.fixture(scope="session")
 def make_certificate(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], tuple[Path, Path]]:
-    """Self-signed, so each is its own authority. Returns (certificate, key)."""
-
-    def make(name: str) -> tuple[Path, Path]:
-        folder = tmp_path_factory.mktemp(name)
-        certificate, key = folder / "certificate.pem", folder / "key.pem"
-        subprocess.run(
-            [
-                *("openssl", "req", "-x509", "-nodes", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1"),
-                *("-subj", f"/CN={name}", "-addext", f"subjectAltName=DNS:{name}", "-days", "2"),
-                *("-keyout", str(key), "-out", str(certificate)),
-            ],
-            check=True,
-            capture_output=True,
-        )
-        return certificate, key
-
-    return make
+    return lambda name: self_signed(tmp_path_factory.mktemp(name), name)
 
 
 async def test_both_sides_prove_who_they_are(make_certificate: Callable[[str], tuple[Path, Path]]) -> None:
@@ -120,3 +105,50 @@ def test_missing_tls_files_are_named(tmp_path: Path) -> None:
         TlsFiles(certificate=missing, key=missing).server_credentials()
     with pytest.raises(SetupError, match="certificate and its key"):
         TlsFiles(authority=missing).server_credentials()
+
+
+class TestTlsSettings:
+    """What --rpc-tls-* make of a process, and what they refuse."""
+
+    def test_without_any_nothing_is_encrypted(self) -> None:
+        assert TlsFiles.of(RpcSettings(), is_server=True) is None
+        assert TlsFiles.of(RpcSettings(nccl_beside_tls=True), is_server=False) is None
+
+    def test_a_worker_and_a_router_of_one_authority(self, make_certificate: Callable[[str], tuple[Path, Path]]) -> None:
+        certificate, key = make_certificate("worker.tandem")
+        settings = RpcSettings(
+            rpc_tls_cert=str(certificate),
+            rpc_tls_key=str(key),
+            rpc_tls_ca=str(certificate),
+            rpc_tls_name="worker.tandem",
+        )
+        files = TlsFiles(certificate, key, certificate, "worker.tandem")
+        assert TlsFiles.of(settings, is_server=True) == files
+        only_checks = RpcSettings(rpc_tls_ca=str(certificate))
+        assert TlsFiles.of(only_checks, is_server=False) == TlsFiles(authority=certificate)
+
+    def test_credentials_are_read_once_so_that_connections_can_be_shared(
+        self, make_certificate: Callable[[str], tuple[Path, Path]]
+    ) -> None:
+        certificate, _ = make_certificate("worker.tandem")
+        first, second = TlsFiles(authority=certificate), TlsFiles(authority=certificate)
+        assert first.channel_credentials() is second.channel_credentials()
+
+    @pytest.mark.parametrize(
+        ("given", "hint"),
+        [
+            ({"rpc_tls_cert": "c.pem"}, "go together"),
+            ({"rpc_tls_key": "k.pem", "rpc_tls_ca": "a.pem"}, "go together"),
+            ({"rpc_tls_ca": "a.pem"}, "needs --rpc-tls-cert"),
+            ({"rpc_tls_name": "worker.tandem"}, "give --rpc-tls-ca"),
+        ],
+    )
+    def test_half_of_it_is_refused(self, given: dict[str, str], hint: str) -> None:
+        with pytest.raises(SettingsError, match=hint):
+            TlsFiles.of(RpcSettings(**given), is_server=True)  # type: ignore[arg-type]
+
+    def test_a_missing_file_is_told_at_the_start(self, tmp_path: Path) -> None:
+        missing = str(tmp_path / "none.pem")
+        for given in ({"rpc_tls_ca": missing}, {"rpc_tls_cert": missing, "rpc_tls_key": missing}):
+            with pytest.raises(SetupError, match="none"):
+                TlsFiles.of(RpcSettings(**given), is_server="rpc_tls_cert" in given)  # type: ignore[arg-type]

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 
 from kvtransfer.intake import Refusal
 from kvtransfer.integrity import BlockChecksum
+from kvtransfer.transport import DeviceBlocks
 from proto.handoff import Fence, Frame, Located, Offer, RefuseReason, Seal, SealedChoice, TransportOffer
 from proto.ids import BlockHash, BlockId, Epoch, Generation, RequestId
 from proto.layout import KvLayout, MemoryExport
@@ -86,6 +87,9 @@ class Store:
         self.writes[block] = self.writes.get(block, 0) + 1
 
     def export(self) -> MemoryExport | None:
+        return None
+
+    def on_device(self) -> DeviceBlocks | None:
         return None
 
     def fill(self, offer: Offer, first_block: int = 0) -> list[BlockId]:

@@ -22,11 +22,13 @@ from proto.settings import (
     LogSettings,
     ModelSettings,
     RouterSettings,
+    RpcSettings,
     SchedulerSettings,
     WorkerSettings,
 )
 from tandem.local import LocalStack, Ready, StackSettings
 from tandem.machine import Machine
+from tandem.supervisor import ChildSpec
 
 READY_TIMEOUT_S = 120.0
 SETTLE_TIMEOUT_S = 30.0
@@ -63,15 +65,24 @@ def stack_settings(
         worker=WorkerSettings(transports=transports, drain_timeout=10.0),
         router=replace(router or RouterSettings(disagg_threshold=0), host="127.0.0.1", port=0),
         log=LogSettings(log_level="warning"),
+        rpc=RpcSettings(),
     )
+
+
+Wire = Callable[[ChildSpec], ChildSpec]
+
+
+def as_it_is(spec: ChildSpec) -> ChildSpec:
+    return spec
 
 
 class Stack:
     """A running stack, driven from another thread's event loop. ``lines`` is what its processes said."""
 
-    def __init__(self, settings: StackSettings) -> None:
+    def __init__(self, settings: StackSettings, wire: Wire = as_it_is) -> None:
         self.lines: list[str] = []
         self._settings = settings
+        self._wire = wire
         self._loop = asyncio.new_event_loop()
         self._stop = asyncio.Event()
         self._is_ready = threading.Event()
@@ -101,7 +112,7 @@ class Stack:
 
     async def _serve(self) -> None:
         machine = Machine(cores=2)
-        self.local = LocalStack(self._settings, machine, say=self._say, on_ready=self._became_ready)
+        self.local = LocalStack(self._settings, machine, say=self._say, on_ready=self._became_ready, wire=self._wire)
         await self.local.start()
         running = asyncio.create_task(self.local.run())
         stopping = asyncio.create_task(self._stop.wait())
@@ -168,8 +179,8 @@ def _eventually(condition: Callable[[], bool], otherwise: str) -> None:
 
 
 @contextmanager
-def running(settings: StackSettings) -> Iterator[Stack]:
-    stack = Stack(settings)
+def running(settings: StackSettings, wire: Wire = as_it_is) -> Iterator[Stack]:
+    stack = Stack(settings, wire)
     stack.start()
     try:
         yield stack

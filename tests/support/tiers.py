@@ -141,7 +141,7 @@ class Pod:
             side.host,
             side.routers,
             fences,
-            payload_readers([MEMORY]),
+            payload_readers([MEMORY], side.peer.epoch),
             metrics=metrics,
             done_lease_s=self._done_lease_s,
             orphaned=self._orphaned,
