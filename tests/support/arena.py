@@ -6,16 +6,20 @@ Everything runs on the event loop that calls ``start``. Knows how to hurt, and h
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import json
 import os
+import random
 import re
+import resource
 import signal
 import socket
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import aiohttp
@@ -29,11 +33,15 @@ from tandem.local_redis import LocalRedis
 from tandem.machine import Machine
 from tandem.options import settings_environ
 from tandem.supervisor import Child, ChildSpec, Supervisor
+from tests.support.redis import clear_disk, give_memory
 
 ROUTER = "router"
 READY_S = 90.0
 SETTLE_S = 60.0
 """How long blocks and records of lost requests may stay: longer than a lease."""
+_GIVEN_PORTS = Path("/proc/sys/net/ipv4/ip_local_port_range")
+_LOWEST_PORT = 10_000
+_INTO_FILE = 'exec "$@" >> "$0" 2>&1'
 
 
 @dataclass
@@ -72,11 +80,12 @@ class Answer:
 
 
 class Arena:
-    """``start``, then any number of rounds (``ask``, harm, ``settled``), then ``stop``."""
+    """``start``, then any number of rounds (``ask``, harm, ``settled``), then ``stop``. ``logs`` is a folder."""
 
-    def __init__(self, settings: StackSettings) -> None:
+    def __init__(self, settings: StackSettings, logs: Path) -> None:
         self._settings = settings
-        self.lines: list[str] = []
+        self._logs = logs
+        self._lines: list[str] = []
         self.redis = LocalRedis()
         self.workers: list[Worker] = []
         self.router: Child
@@ -95,7 +104,7 @@ class Arena:
         self._settings = replace(self._settings, ledger=ledger, router=router)
         groups = child_groups(self._settings, Machine(cores=2), is_private=True)
         wired = [[await self._wire(spec) for spec in group] for group in groups]
-        self._supervisor = Supervisor(wired, lambda name, line: self.lines.append(f"{name}: {line}"), lambda _: 0.1)
+        self._supervisor = Supervisor(wired, lambda name, line: self._lines.append(f"{name}: {line}"), lambda _: 0.1)
         children = {child.spec.name: child for child in self._supervisor.children}
         self.router = children[ROUTER]
         for worker in self.workers:
@@ -105,7 +114,9 @@ class Arena:
         await self.ready()
 
     async def _wire(self, spec: ChildSpec) -> ChildSpec:
-        """A worker listens at one place for good, and is known by its proxy's."""
+        """Each writes its log into a file. A worker listens at one place for good, and is known by its proxy's."""
+        log = self._logs / f"{spec.name}.log"
+        spec = replace(spec, argv=("/bin/sh", "-c", _INTO_FILE, str(log), *spec.argv))
         if spec.name == ROUTER:
             return spec
         port, http_port = free_port(), free_port()
@@ -140,6 +151,24 @@ class Arena:
         await self.redis.stop()
 
     # Who is who.
+
+    @property
+    def transport(self) -> str:
+        """How payloads travel."""
+        (transport,) = self._settings.worker.transports
+        return transport
+
+    @property
+    def num_pool_tokens(self) -> int:
+        """What one worker's KV memory holds."""
+        cache = self._settings.engine.cache
+        assert cache.num_gpu_blocks_override is not None
+        return cache.num_gpu_blocks_override * cache.block_size
+
+    @property
+    def processes(self) -> list[Child]:
+        """All but Redis."""
+        return self._supervisor.children
 
     def of(self, role: Role) -> list[Worker]:
         return [worker for worker in self.workers if worker.role is role]
@@ -176,9 +205,29 @@ class Arena:
         for worker in self.workers:
             self.wake(worker)
 
+    def limit(self, child: Child, kind: int, most: int | None) -> None:
+        """One of the system's limits on a living process: ``kind`` is of ``resource``; None lifts it."""
+        if child.pid is not None:
+            with contextlib.suppress(ProcessLookupError):
+                soft = resource.RLIM_INFINITY if most is None else most
+                resource.prlimit(child.pid, kind, (soft, resource.RLIM_INFINITY))
+
     def fair_weather(self) -> None:
         for worker in self.workers:
             worker.proxy.clear()
+
+    async def relieve(self) -> None:
+        """Whatever is wrong is made good, as far as that is in our hands."""
+        self.fair_weather()
+        self.wake_all()
+        for child in self.processes:
+            for kind in (resource.RLIMIT_DATA, resource.RLIMIT_FSIZE):
+                self.limit(child, kind, None)
+        if self.redis.pid is None:
+            await self.redis.start()
+        os.kill(self.redis.pid, signal.SIGCONT)
+        await give_memory(self.redis)
+        await clear_disk(self.redis)
 
     # Asking.
 
@@ -253,6 +302,19 @@ class Arena:
         async with self._http.get(f"http://127.0.0.1:{port}/metrics") as reply:
             return await reply.text()
 
+    async def computed(self, workers: Iterable[Worker]) -> int:
+        """Prompt tokens that they have computed, since they started."""
+        pages = [await self.metrics(worker.http_port) for worker in workers]
+        return int(sum(total(page, "vllm:prompt_tokens_total") for page in pages))
+
+    async def transports_used(self) -> set[str]:
+        """Over which ways KV has travelled, between the workers as they are now."""
+        pages = [await self.metrics(worker.http_port) for worker in self.workers]
+        return set(re.findall(r'^tandem_kv_transfer_bytes_total\{.*transport="(\w+)"', "\n".join(pages), re.MULTILINE))
+
+    def log_bytes(self) -> int:
+        return sum(path.stat().st_size for path in self._logs.iterdir())
+
     async def recoveries(self) -> Counter[str]:
         """How often the router has done what, since it started."""
         page = await self.metrics(self._port)
@@ -263,13 +325,20 @@ class Arena:
         """HTTP has no way to wait, so this asks until it is so."""
         deadline = time.monotonic() + within_s
         while True:
+            assert self._supervising is not None
+            if self._supervising.done():
+                self._supervising.result()  # which process failed for good, and why
             try:
                 if await condition():
                     return
             except (aiohttp.ClientError, OSError):
                 pass
-            assert time.monotonic() < deadline, "\n".join([otherwise, *self.lines[-40:]])
+            assert time.monotonic() < deadline, "\n".join([otherwise, *self._last_words()])
             await asyncio.sleep(0.1)
+
+    def _last_words(self) -> list[str]:
+        logs = (path.read_text(errors="replace").splitlines()[-30:] for path in sorted(self._logs.iterdir()))
+        return [*self._lines[-20:], *itertools.chain.from_iterable(logs)]
 
 
 def total(page: str, name: str) -> float:
@@ -280,8 +349,12 @@ def total(page: str, name: str) -> float:
 
 
 def free_port() -> int:
-    """A port that was free a moment ago."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+    """A port that is free, and that the system gives to nobody who did not ask for it: a worker comes back to it."""
+    lowest, highest = map(int, _GIVEN_PORTS.read_text().split())
+    ports = [port for port in range(_LOWEST_PORT, 1 << 16) if not lowest <= port <= highest]
+    random.shuffle(ports)
+    for port in ports:
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
+    raise OSError("no free port")
