@@ -24,8 +24,9 @@ NF4 = (
 )
 """The 16 numbers of NormalFloat4 (QLoRA, https://arxiv.org/abs/2305.14314, appendix E)."""
 
-_AT_ONCE = 1 << 24
-"""Numbers of a matrix that are widened at once: bounds the memory that loading takes beside its result."""
+_AT_ONCE = 1 << 20
+"""Numbers of a matrix that are widened at once: few enough for a cache, and so that loading takes little beside its
+result."""
 
 
 def quantise_rows(weight: Tensor, dtype: torch.dtype, *, quantises_inputs: bool) -> ScaledMatrix:
@@ -40,8 +41,8 @@ def quantise_rows(weight: Tensor, dtype: torch.dtype, *, quantises_inputs: bool)
 def quantise_nf4(weight: Tensor, group_size: int = 64) -> CodedMatrix:
     """``weight [out, in]`` in NormalFloat4, as bitsandbytes rounds; the last group of a row may be short."""
     rows, columns = weight.shape
-    table = torch.tensor(NF4, device=weight.device)
-    borders = (table[1:] + table[:-1]) / 2
+    table = torch.tensor(NF4)
+    borders = ((table[1:] + table[:-1]) / 2).tolist()
     groups = -(-columns // group_size)
     codes = torch.empty((rows, -(-columns // 64) * 32), dtype=torch.uint8, device=weight.device)
     scale = torch.empty((groups, rows), dtype=weight.dtype, device=weight.device)
@@ -49,10 +50,13 @@ def quantise_nf4(weight: Tensor, group_size: int = 64) -> CodedMatrix:
         wide = torch.nn.functional.pad(weight[first:end].float(), (0, groups * group_size - columns))
         grouped = wide.view(end - first, groups, group_size)
         largest = grouped.abs().amax(-1)
-        nearest = torch.bucketize(grouped / _positive(largest)[:, :, None], borders, out_int32=True)
-        codes[first:end] = pack(nearest.to(torch.uint8).flatten(1)[:, :columns])
+        grouped = grouped / _positive(largest)[:, :, None]
+        nearest = torch.zeros(grouped.shape, dtype=torch.uint8, device=weight.device)
+        for border in borders:
+            nearest += (grouped > border).view(torch.uint8)
+        codes[first:end] = pack(nearest.flatten(1)[:, :columns])
         scale[:, first:end] = largest.T.to(weight.dtype)
-    return CodedMatrix(codes, 4, columns, scale, group_size, table=table)
+    return CodedMatrix(codes, 4, columns, scale, group_size, table=table.to(weight.device))
 
 
 def dequantise(matrix: Matrix, dtype: torch.dtype) -> Tensor:

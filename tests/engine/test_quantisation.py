@@ -44,11 +44,13 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def answers_of(folder: Path, **settings: Any) -> list[tuple[list[int], float | None]]:
+def answers_of(
+    folder: Path, *, params: SamplingParams = GREEDY, **settings: Any
+) -> list[tuple[list[int], float | None]]:
     """Tokens, and the sum of their log probabilities."""
     common = {"num_gpu_blocks_override": 64, "threads": 1, "skip_warmup": True, "device": "cpu", "dtype": "float32"}
     with LLM(str(folder), **{**common, **settings}) as llm:
-        choices = [output.outputs[0] for output in llm.generate(PROMPTS, GREEDY)]
+        choices = [output.outputs[0] for output in llm.generate(PROMPTS, params)]
     return [(choice.token_ids, choice.cumulative_logprob) for choice in choices]
 
 
@@ -176,13 +178,33 @@ def test_what_kernels_multiply_quantised_is_near_to_what_is_multiplied_plain(
         seen.extend(parts)
         return twins.linear(parts, bias)
 
-    monkeypatch.setattr(dispatch, "choose", lambda device, dtype: replace(REFERENCE, quantised=linear))
+    monkeypatch.setattr(dispatch, "choose", lambda *asked: replace(REFERENCE, quantised=linear))
     found = tokens_of(quantised)
     assert len(seen) == 2 * 7
     if name == "awq":
         assert found == without
     same = sum(a == b for one, other in zip(found, without, strict=True) for a, b in zip(one, other, strict=True))
     assert same >= 12, "random weights: a token that differs changes all that follow"
+
+
+@pytest.mark.parametrize("name", ["gptq-desc-act", "ct-int8-groups", "bitsandbytes-nf4"])
+def test_a_model_runs_on_the_compiled_products(
+    name: str, plain: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Interpreted, where there is no GPU; weights are widened exactly, so the tokens are the same."""
+    pytest.importorskip("triton")
+    from kernels.triton import quantised as compiled
+    from kernels.triton.runtime import Target
+
+    if torch.cuda.is_available():
+        pytest.skip("the kernels' own tests run on the GPU")
+    quantised, _ = quantise(plain, tmp_path, name)
+    few = replace(GREEDY, max_tokens=3)
+    wanted = tokens_of(quantised, params=few)
+    products = compiled.make(Target(4, is_interpreted=True), CPU, torch.float32, is_batch_invariant=False)
+    kernels = replace(REFERENCE, quantised=products.linear)
+    monkeypatch.setattr(dispatch, "choose", lambda *asked: kernels)
+    assert tokens_of(quantised, params=few) == wanted
 
 
 # --- who may hand over to whom ---------------------------------------------------------------------------------------
@@ -388,7 +410,7 @@ def test_weights_that_fit_only_quantised(plain: Path, monkeypatch: pytest.Monkey
     with pytest.raises(DoesNotFit, match=r"x 4 bytes \(float32 of nf4 \(groups of 64, rounded at load\)\)"):
         parts_of(plain, quantization="nf4")
     kernels = replace(REFERENCE, quantised=twins.linear)
-    monkeypatch.setattr(dispatch, "choose", lambda device, dtype: kernels)
+    monkeypatch.setattr(dispatch, "choose", lambda *asked: kernels)
     parts = parts_of(plain, quantization="nf4")
     assert "; nf4 (groups of 64, rounded at load), the rest float32" in parts.facts.numerics
     monkeypatch.setattr(machine, "available_memory", lambda device: num_parameters)
