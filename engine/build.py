@@ -26,7 +26,7 @@ from engine.runner import Runner
 from proto.control import ModelCard
 from proto.hashing import BlockHasher, hash_key
 from proto.ids import RequestId
-from proto.layout import KvLayout
+from proto.layout import FP8, KvLayout
 from proto.request import SamplingParams
 from proto.settings import EngineSettings
 
@@ -93,7 +93,7 @@ def load_engine_parts(settings: EngineSettings, on_phase: Callable[[str, float],
         found = find_model(settings.model)
         sizing.wanted_length(settings.model.max_model_len, found.spec.max_context)
     with phase("weights"):
-        loaded = load_weights(found, choose_kernels(found))
+        loaded = load_weights(found, choose_kernels(found, has_fp8_kv=_has_fp8_kv(settings)))
     with phase("memory"):
         facts, kv = _make_memory(settings, found, loaded)
         runner = Runner(loaded.decoder, kv, facts)
@@ -109,6 +109,10 @@ def _eos(found: FoundModel) -> tuple[int, ...]:
     return read_eos(found.config, ConfigFile.load(path) if path.exists() else None)
 
 
+def _has_fp8_kv(settings: EngineSettings) -> bool:
+    return settings.cache.kv_cache_dtype != "auto"
+
+
 def _make_memory(settings: EngineSettings, found: FoundModel, loaded: LoadedModel) -> tuple[EngineFacts, KvMemory]:
     spec, device = found.spec, found.device
     layout = KvLayout(
@@ -116,7 +120,7 @@ def _make_memory(settings: EngineSettings, found: FoundModel, loaded: LoadedMode
         block_size=settings.cache.block_size,
         kv_heads=spec.kv_heads,
         head_dim=spec.head_dim,
-        dtype=str(found.dtype).removeprefix("torch."),
+        dtype=FP8 if _has_fp8_kv(settings) else str(found.dtype).removeprefix("torch."),
         model_digest=loaded.digest,
     )
     wanted = sizing.wanted_length(settings.model.max_model_len, spec.max_context)

@@ -69,12 +69,18 @@ def find_model(settings: ModelSettings) -> FoundModel:
     return FoundModel(settings, device, folder, tokenizer_folder, config, spec, quantisation, dtype)
 
 
-def choose_kernels(found: FoundModel) -> Kernels:
-    """Raises SettingsError where --batch-invariant asks for what there is not."""
+def choose_kernels(found: FoundModel, *, has_fp8_kv: bool = False) -> Kernels:
+    """Raises SettingsError where --batch-invariant, --attention-backend or fp8 keys and values ask for what there is
+    not."""
+    wish = found.settings.attention_backend
+    task = dispatch.Task(found.device, found.dtype, found.spec.head_dim, wish, has_fp8_kv)
     if not found.settings.batch_invariant:
-        return dispatch.choose(found.device, found.dtype)
+        try:
+            return dispatch.choose(task)
+        except KernelsUnavailable as reason:
+            raise SettingsError(f"attention_backend {wish}: {reason}.", param="attention_backend") from reason
     try:
-        return dispatch.choose_batch_invariant(found.device, found.dtype, found.spec.head_dim)
+        return dispatch.choose_batch_invariant(task)
     except KernelsUnavailable as reason:
         raise SettingsError(f"batch_invariant needs kernels of its own: {reason}.", param="batch_invariant") from reason
 

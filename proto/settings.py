@@ -87,7 +87,10 @@ class ModelSettings:
         None, "CPU threads of one engine (default: the cores, shared among local workers)", low=1
     )
     batch_invariant: bool = setting(
-        False, "a token's result has the same bits in any batch, chunk and worker (CPU, float32 or bfloat16; slower)"
+        False, "a token's result has the same bits in any batch, chunk and equal worker (slower; no float16 on a CPU)"
+    )
+    attention_backend: str = setting(
+        "auto", "attention's kernels; auto: triton on a GPU", choices=("auto", "triton", "torch")
     )
     skip_warmup: bool = setting(False, "do not run a forward pass before taking requests")
 
@@ -102,7 +105,11 @@ class CacheSettings:
         None, "size of the KV memory (4GiB works); overrides the share", kind="size", low=1
     )
     num_gpu_blocks_override: int | None = setting(None, "number of KV blocks; overrides both", low=1)
-    kv_cache_dtype: str = setting("auto", "type of keys and values; auto: the model's", choices=("auto",))
+    kv_cache_dtype: str = setting(
+        "auto",
+        "type of keys and values; auto: the model's; fp8: half of bfloat16's room, a scale for each token and head",
+        choices=("auto", "fp8", "fp8_e4m3"),
+    )
     enable_prefix_caching: bool = setting(True, "reuse the blocks of equal prefixes")
     prefix_hash_key: str = setting("", "secret mixed into block hashes; equal on every worker", secret=True)
 

@@ -109,7 +109,6 @@ FOLKLORE: tuple[Folklore, ...] = (
     _so_anyway("enforce_eager", _NOTHING_COMPILED),
     _any_value("compilation_config", _NOTHING_COMPILED),
     Folklore("optimization_level", _NOTHING_COMPILED, takes_value=True, short="-O"),
-    _any_value("attention_backend", "the kernels are chosen for the device"),
     _only("performance_mode", "there is one way of working; see --max-num-seqs, --max-num-batched-tokens", "balanced"),
     _only("tokenizer_mode", "there is one tokenizer, the fast one", "auto", "fast", "hf"),
     _only("runner", "this server generates text", "auto", "generate"),

@@ -18,10 +18,11 @@ from kernels.triton import attention_kernels
 from kernels.triton.runtime import Target
 from kernels.types import AttentionSpec, PagedKv, Ragged
 
-MAX_HEAD_DIM = 256
 MAX_SPLITS = 64
-_WAVES = 8
+_DECODE_WAVES = 8
 """Programs per processor that splitting aims at: many short ones end together, and each still reads whole tiles."""
+_CHUNK_WAVES = 1
+"""Less for chunks: a tall tile keeps a processor busy by itself, and what its splits found is much to merge."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +95,9 @@ class TritonAttention:
         width = batch.decode_width if launch.is_decode else batch.block_table.shape[1]
         splits = 1
         if not self.is_batch_invariant:
-            splits = num_splits(num_tiles * kv_heads, width * block_size, tiles.keys, spec.window, self.target.num_sms)
+            waves = _DECODE_WAVES if launch.is_decode else _CHUNK_WAVES
+            room = waves * self.target.num_sms // (num_tiles * kv_heads)
+            splits = num_splits(room, width * block_size, tiles.keys, spec.window)
         partial = _Partial.make(query, splits)
         attention_kernels.attend[(kv_heads, num_tiles, splits)](
             query,
@@ -135,6 +138,7 @@ class TritonAttention:
             IS_INTERPRETED=self.target.is_interpreted,
             IS_SPLIT=splits > 1,
             IS_DECODE=launch.is_decode,
+            HAS_SHORTCUT=spec.window is None and not self.is_batch_invariant,
             num_warps=tiles.warps,
             num_stages=tiles.stages,
         )
@@ -176,15 +180,16 @@ class _Partial:
         )
 
 
-def num_splits(num_programs: int, context: int, tile_keys: int, window: int | None, num_sms: int) -> int:
-    """Parts to cut the keys into, from shapes alone, so that a captured graph may replay it on any lengths.
+def num_splits(room: int, context: int, tile_keys: int, window: int | None) -> int:
+    """Parts to cut the keys into: ``room`` for as many, but none smaller than a tile.
 
-    ``context``: keys that the widest row may have. No part is smaller than a tile.
+    ``context``: keys that the widest row may have. It follows from shapes alone, never from lengths, so that a captured
+    graph may replay it on any.
     """
     if window is not None:
         context = min(context, window + tile_keys)
     most = min(MAX_SPLITS, -(-context // tile_keys))
-    return max(1, min(most, _WAVES * num_sms // max(1, num_programs)))
+    return max(1, min(most, room))
 
 
 def decode_tiles(group: int, head_dim: int, dtype: torch.dtype, is_fp8: bool) -> Tiles:

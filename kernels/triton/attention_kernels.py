@@ -217,6 +217,7 @@ def attend(
     IS_INTERPRETED: tl.constexpr,
     IS_SPLIT: tl.constexpr,
     IS_DECODE: tl.constexpr,
+    HAS_SHORTCUT: tl.constexpr,
 ):
     """Rows ``first_row`` to ``first_row + num_rows - 1`` of a ragged batch, whose tokens begin at ``first_token``.
 
@@ -224,7 +225,8 @@ def attend(
     more tiles than needed. ``query``, ``out`` [tokens, heads, HEAD_DIM]. ``data`` and ``scales`` begin at the layer's
     keys; with ``HAS_SCALES`` ``data`` is of pairs of fp8 numbers (int16), and its strides count pairs. With
     ``IS_SPLIT``, ``partial_out`` [tokens, heads, splits, HEAD_DIM], ``partial_max`` and ``partial_sum``
-    [tokens, heads, splits], all float32, are written in place of ``out``.
+    [tokens, heads, splits], all float32, are written in place of ``out``. ``HAS_SHORTCUT``: keys that no row's mask
+    hides go through a loop without masks.
     """
     # fp8 is widened to float16, which one instruction does, and exactly. The interpreter cannot multiply bfloat16.
     compute = query.dtype.element_ty
@@ -283,7 +285,7 @@ def attend(
         end = tl.minimum(begin + share, limit)
     # Keys up to the tile's first token are seen by all of its rows, unless a window hides them from the later ones.
     middle = begin
-    if WINDOW == 0:
+    if HAS_SHORTCUT:
         middle = tl.maximum(tl.minimum((past + first + 1) // BLOCK_N * BLOCK_N, end), begin)
 
     keys_at = data + head * head_stride
@@ -291,7 +293,7 @@ def attend(
     state_sum = tl.zeros([BLOCK_M], tl.float32)
     state_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
     table = block_table + (first_row + row).to(tl.int64) * table_stride
-    if WINDOW == 0:
+    if HAS_SHORTCUT:
         state_out, state_upper, state_sum, state_max = _scan(
             state_out,
             state_upper,

@@ -6,6 +6,7 @@ import json
 import logging
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +80,25 @@ def test_dtype(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(config | {"dtype": "float64"}))
     with pytest.raises(SettingsError, match="float64"):
         build(tmp_path)
+
+
+def test_fp8_keys_and_values(tmp_path: Path) -> None:
+    make_checkpoint(tmp_path)
+    plain, fp8 = build(tmp_path), build(tmp_path, replace(CACHE, kv_cache_dtype="fp8"))
+    assert fp8.facts.layout.dtype == "float8_e4m3fn"
+    assert fp8.facts.layout.fingerprint() != plain.facts.layout.fingerprint()
+    assert fp8.hasher.full_blocks(range(16)) != plain.hasher.full_blocks(range(16))
+    size = CacheSettings(kv_cache_memory_bytes=1 << 20)
+    more = build(tmp_path, replace(size, kv_cache_dtype="fp8_e4m3")).facts.num_blocks
+    assert more == build(tmp_path, size).facts.num_blocks * 16 * 4 // (16 + 4)
+
+
+def test_attention_that_there_is_not_is_an_error_at_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_checkpoint(tmp_path)
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    with pytest.raises(SettingsError, match=r"attention_backend triton.*not on cpu"):
+        build(tmp_path, attention_backend="triton")
+    assert "torch attention" in build(tmp_path, attention_backend="torch").facts.numerics
 
 
 def test_threads(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ import torch
 
 from engine.build import build_core, load_engine_parts
 from kernels.cpu import ordered
-from kernels.dispatch import choose, choose_batch_invariant
+from kernels.dispatch import Task, choose, choose_batch_invariant
 from kernels.types import Kernels
 from proto.errors import SettingsError
 from proto.ids import RequestId
@@ -40,7 +40,8 @@ def kernels(request: pytest.FixtureRequest) -> tuple[Kernels, torch.dtype]:
     dtype = torch.float32 if request.param == "float32" else torch.bfloat16
     if request.param == "bfloat16":
         return ordered.make(), dtype
-    chosen = choose(CPU, dtype) if request.param.endswith("unasked") else choose_batch_invariant(CPU, dtype, 32)
+    task = Task(CPU, dtype, head_dim=32)
+    chosen = choose(task) if request.param.endswith("unasked") else choose_batch_invariant(task)
     if "-" in request.param and not chosen.name.startswith("amx"):
         pytest.skip("there are no tiles here")
     return chosen, dtype
@@ -86,10 +87,10 @@ def test_logits_do_not_depend_on_batch_or_chunks(
         assert torch.equal(again, seen[-1])
 
 
-def settings(folder: Path, num_blocks: int, chunk: int, **model: Any) -> EngineSettings:
+def settings(folder: Path, num_blocks: int, chunk: int, kv: str = "auto", **model: Any) -> EngineSettings:
     return EngineSettings(
         model=ModelSettings(model=str(folder), device="cpu", max_model_len=128, batch_invariant=True, **model),
-        cache=CacheSettings(num_gpu_blocks_override=num_blocks),
+        cache=CacheSettings(num_gpu_blocks_override=num_blocks, kv_cache_dtype=kv),
         scheduler=SchedulerSettings(max_num_batched_tokens=chunk, max_num_seqs=8),
     )
 
@@ -113,11 +114,12 @@ def serve(given: EngineSettings) -> tuple[dict[tuple[str, int], list[tuple[int, 
     return outputs, num_preempted
 
 
+@pytest.mark.parametrize("kv", ["auto", "fp8"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_an_engine_that_preempts_gives_the_very_same_logprobs(dtype: str, tmp_path: Path) -> None:
+def test_an_engine_that_preempts_gives_the_very_same_logprobs(dtype: str, kv: str, tmp_path: Path) -> None:
     folder = make_checkpoint(tmp_path, "qwen2", head_dim=32)
-    roomy, none = serve(settings(folder, 200, 512, dtype=dtype))
-    tight, some = serve(settings(folder, 8, 24, dtype=dtype))
+    roomy, none = serve(settings(folder, 200, 512, kv, dtype=dtype))
+    tight, some = serve(settings(folder, 8, 24, kv, dtype=dtype))
     assert (none, some > 0) == (0, True)
     assert len(roomy) == 10
     assert tight == roomy

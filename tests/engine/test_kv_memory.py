@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 import torch
@@ -74,6 +75,35 @@ def test_copy_and_zero_tail(kv: KvMemory) -> None:
     assert not kv.paged.data[2, :, :, 3:].any()
     kv.zero_tail(0, 4)
     assert torch.equal(kv.paged.data[0], before[0])
+
+
+def test_fp8_has_its_scales_in_the_block() -> None:
+    layout = replace(LAYOUT, dtype="float8_e4m3fn")
+    kv = KvMemory(layout, 3, CPU)
+    data, scales = kv.paged.data, kv.paged.scales
+    assert scales is not None
+    assert (data.shape, scales.shape) == ((3, 3, 2, 4, 2, 8), (3, 3, 2, 2, 4))
+    data.view(torch.uint8).copy_(torch.arange(data.numel()).remainder(251).view(data.shape) + 1)
+    scales.copy_(torch.rand(scales.shape) + 1)
+    found = bytes(kv.read(1))
+    parts: list[torch.Tensor] = [data.view(torch.uint8)[1], scales[1]]
+    for span in layout.spans():
+        which = span.part.split()
+        part = parts[len(which) - 1][span.layer, ("key", "value").index(which[0])]
+        expected = part.contiguous().view(torch.uint8).numpy().tobytes()
+        assert found[span.offset : span.offset + span.num_bytes] == expected
+    kv.write(0, kv.read(1))
+    kv.copy(1, 2)
+    assert bytes(kv.read(0)) == bytes(kv.read(2)) == found
+    kv.zero_tail(2, 3)
+    assert not data.view(torch.uint8)[2, :, :, 3:].any()
+    assert not scales[2, ..., 3:].any()
+    assert torch.equal(scales[2, ..., :3], scales[1, ..., :3])
+    data.view(torch.uint8)[1, :, :, 3:] = 77
+    scales[1, ..., 3:] = 5.0
+    kv.zero_tail(1, 3)
+    assert bytes(kv.read(1)) == bytes(kv.read(2)), "equal tokens, then equal bytes"
+    kv.close()
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="memfd is Linux's")

@@ -72,6 +72,66 @@ def test_a_long_chunk_is_cut_without_a_seam(window: int | None) -> None:
         torch.testing.assert_close(out[row].double(), expected, rtol=1e-5, atol=1e-6)
 
 
+def test_soft_caps() -> None:
+    """Scores of a few units, so that a cap of 2 bends most of them."""
+    kv, spec = make_kv(), AttentionSpec(1.0, 9, soft_cap=2.0)
+    query, blocks = torch.randn(14, HEADS, DIM), torch.tensor([4, 31, 5, 6])
+    chunk = reference.attend_chunk(query, PagedKv(kv), LAYER, blocks, 0, spec)
+    tables, lengths = blocks.expand(14, 4), torch.arange(1, 15)
+    torch.testing.assert_close(reference.attend_decode(query, PagedKv(kv), LAYER, tables, lengths, spec), chunk)
+    key, value = (kv[blocks, LAYER, part].flatten(0, 1)[5:14].double() for part in (0, 1))
+    for head in range(HEADS):
+        scores = key[:, head // 3] @ query[13, head].double()
+        weights = torch.softmax(2 * torch.tanh(scores / 2), 0)
+        torch.testing.assert_close(chunk[13, head].double(), weights @ value[:, head // 3], rtol=1e-5, atol=1e-6)
+
+
+def fp8_kv(num_blocks: int = 32) -> PagedKv:
+    data = torch.zeros(num_blocks, LAYERS, 2, BLOCK, KV_HEADS, DIM, dtype=torch.uint8)
+    return PagedKv(data.view(torch.float8_e4m3fn), torch.zeros(num_blocks, LAYERS, 2, KV_HEADS, BLOCK))
+
+
+@pytest.mark.parametrize("spec", [AttentionSpec(0.4), AttentionSpec(0.4, 5), AttentionSpec(0.4, None, 1.0)])
+def test_fp8_is_attended_as_what_it_stands_for(spec: AttentionSpec) -> None:
+    kv, blocks = fp8_kv(), torch.tensor([4, 31, 5, 6])
+    new = torch.randn(14, 2, KV_HEADS, DIM) * torch.logspace(-4, 4, 14)[:, None, None, None]
+    reference.write_kv(kv, LAYER, blocks[torch.arange(14) // BLOCK], torch.arange(14) % BLOCK, new)
+    plain = make_kv()
+    plain[:, LAYER] = reference.widen_kv(kv, LAYER, torch.arange(32))
+    query = torch.randn(14, HEADS, DIM)
+    expected = reference.attend_chunk(query, PagedKv(plain), LAYER, blocks, 0, spec)
+    torch.testing.assert_close(reference.attend_chunk(query, kv, LAYER, blocks, 0, spec), expected)
+    tables, lengths = blocks.expand(14, 4), torch.arange(1, 15)
+    torch.testing.assert_close(reference.attend_decode(query, kv, LAYER, tables, lengths, spec), expected)
+
+
+def test_fp8_keeps_every_size_of_token_to_a_sixteenth_and_never_overflows() -> None:
+    new = torch.randn(300, 2, KV_HEADS, DIM) * torch.logspace(-30, 30, 300)[:, None, None, None]
+    new[7, 1, 0] = 0
+    data, scales = reference.quantise_kv(new)
+    wide = data.float() * scales[..., None]
+    assert torch.isfinite(wide).all()
+    assert not wide[7, 1, 0].any()
+    largest = new.abs().amax(-1, keepdim=True)
+    assert bool(((wide - new).abs() <= new.abs() / 16 + largest / 448 / 512).all())
+
+
+def test_the_bytes_of_a_token_do_not_depend_on_its_neighbours() -> None:
+    new = torch.randn(4, 2, KV_HEADS, DIM) * torch.tensor([1.0, 100.0, 0.01, 1.0])[:, None, None, None]
+    together, one_by_one = fp8_kv(), fp8_kv()
+    blocks, offsets = torch.full((4,), 3), torch.arange(4)
+    reference.write_kv(together, LAYER, blocks, offsets, new)
+    for token in (2, 0, 3, 1):
+        at = slice(token, token + 1)
+        reference.write_kv(one_by_one, LAYER, blocks[at], offsets[at], new[at])
+    assert torch.equal(together.data.view(torch.uint8), one_by_one.data.view(torch.uint8))
+    assert together.scales is not None
+    assert one_by_one.scales is not None
+    assert torch.equal(together.scales, one_by_one.scales)
+    assert together.scales[3, LAYER].all()
+    assert not together.scales[3, :LAYER].any()
+
+
 def test_write_kv_touches_only_its_slots() -> None:
     kv = make_kv()
     before = kv.clone()

@@ -21,7 +21,7 @@ from kernels.triton.attention import TritonAttention, num_splits
 from kernels.triton.runtime import find_target
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-TARGET = find_target(DEVICE, fp8_kv=True)
+TARGET = find_target(DEVICE)
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 3e-3, torch.bfloat16: 2e-2}
 LAYERS, LAYER = 3, 1
 
@@ -162,9 +162,9 @@ def test_nothing_beyond_a_sequence_is_read() -> None:
     assert torch.equal(TritonAttention(TARGET).attend(world.query, world.kv, LAYER, world.batch(), spec), expected)
 
 
-def test_splits_fill_the_device_and_follow_from_shapes_alone() -> None:
-    assert num_splits(8, 4096, 64, None, 132) == 64
-    assert num_splits(64 * 8, 4096, 64, None, 132) == 2
-    assert num_splits(4096, 4096, 64, None, 132) == 1
-    assert num_splits(8, 100, 64, None, 132) == 2, "a part is a tile at least"
-    assert num_splits(8, 4096, 64, 128, 132) == 3, "a window needs no more parts than its tiles"
+def test_splits_are_tiles_at_least_and_follow_from_shapes_alone() -> None:
+    assert num_splits(132, 8192, 64, None) == 64
+    assert num_splits(2, 4096, 64, None) == 2
+    assert num_splits(0, 4096, 64, None) == 1
+    assert num_splits(132, 100, 64, None) == 2
+    assert num_splits(132, 4096, 64, 128) == 3, "a window needs no more parts than its tiles"

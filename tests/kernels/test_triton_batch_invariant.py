@@ -13,7 +13,7 @@ from kernels.triton.batch_invariant import InvariantLinears
 from kernels.triton.runtime import find_target
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-LINEARS = InvariantLinears(find_target(DEVICE, fp8_kv=False))
+LINEARS = InvariantLinears(find_target(DEVICE))
 TOLERANCE = {torch.float32: 1e-4, torch.float16: 1e-2, torch.bfloat16: 6e-2}
 
 

@@ -42,12 +42,13 @@ def test_tries_of_a_request_have_names_of_their_own() -> None:
     assert try_id(request, Generation(1)) != request
 
 
-def test_spans_tile_a_block() -> None:
-    at = 0
-    for span in LAYOUT.spans():
+@pytest.mark.parametrize(("dtype", "bytes_per_head"), [("bfloat16", 8 * 2), ("float8_e4m3fn", 8 + 4)])
+def test_spans_tile_a_block(dtype: str, bytes_per_head: int) -> None:
+    at, layout = 0, dataclasses.replace(LAYOUT, dtype=dtype)
+    for span in layout.spans():
         assert span.offset == at
         at += span.num_bytes
-    assert at == LAYOUT.block_bytes == 16 * 3 * 2 * 2 * 8 * 2
+    assert at == layout.block_bytes == 16 * 3 * 2 * 2 * bytes_per_head
 
 
 @pytest.mark.parametrize(
@@ -58,6 +59,7 @@ def test_spans_tile_a_block() -> None:
         {"kv_heads": 1},
         {"head_dim": 4},
         {"dtype": "float16"},
+        {"dtype": "float8_e4m3fn"},
         {"model_digest": "e"},
     ],
 )

@@ -103,12 +103,14 @@ class Side:
 class Pod:
     """``sides`` by worker name; ``connect`` reaches any decode worker by its address."""
 
-    def __init__(self, checkpoint: Path, *, num_blocks: int = 64, chunk: int = 64, done_lease_s: float = 60.0) -> None:
+    def __init__(
+        self, checkpoint: Path, *, num_blocks: int = 64, chunk: int = 64, done_lease_s: float = 60.0, kv: str = "auto"
+    ) -> None:
         self.settings = EngineSettings(
             model=ModelSettings(
                 model=str(checkpoint), dtype="float32", device="cpu", threads=1, max_model_len=512, skip_warmup=True
             ),
-            cache=CacheSettings(num_gpu_blocks_override=num_blocks),
+            cache=CacheSettings(num_gpu_blocks_override=num_blocks, kv_cache_dtype=kv),
             scheduler=SchedulerSettings(max_num_batched_tokens=chunk, max_num_seqs=8),
         )
         self.forth: Fault | None = None
