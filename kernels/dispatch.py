@@ -114,15 +114,17 @@ def _triton(task: Task, target: Target, *, is_batch_invariant: bool = False) -> 
     from kernels.triton.attention import TritonAttention
     from kernels.triton.batch_invariant import InvariantLinears
 
+    linear = InvariantLinears(target).linear if is_batch_invariant else reference.linear
+    products = quantised.make(target, task.device, task.dtype, linear, is_batch_invariant=is_batch_invariant)
     return Kernels(
         name="triton",
-        linear=InvariantLinears(target).linear if is_batch_invariant else reference.linear,
+        linear=linear,
         add_norm=fused.add_norm,
         rotate_and_write=fused.rotate_and_write,
         gate=fused.gate,
         attend=TritonAttention(target, is_batch_invariant).attend,
         draw=sampling.draw,
-        quantised=quantised.make(target, task.device, task.dtype, is_batch_invariant=is_batch_invariant).linear,
+        quantised=products.linear,
         is_batch_invariant=is_batch_invariant,
     )
 

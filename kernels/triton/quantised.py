@@ -7,7 +7,7 @@ dequantised when it is loaded.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,7 +16,6 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.quantised import FP8, CodedMatrix, Matrix, Product, ScaledMatrix, Stacked, stack
-from kernels.reference import DenseLinear
 from kernels.reference.quantised import dequantise
 from kernels.triton import quantised_kernels
 from kernels.triton.runtime import OLDEST_FP8, Target
@@ -26,6 +25,9 @@ _WAVES = 2
 """Programs per processor that splitting aims at."""
 _INPUT_BLOCK = 1024
 _MERGE_BLOCK = 1024
+
+Plain = Callable[[Sequence[Tensor], Tensor | None], Product]
+"""As ``kernels.types.Kernels.linear``."""
 
 _TYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 
@@ -43,13 +45,15 @@ class Tiles:
 
 @dataclass(frozen=True, slots=True)
 class TritonQuantised:
-    """``linear`` is as ``kernels.reference.quantised.linear``, for activations of ``dtype``. Makes no host wait for the
-    device. Batch-invariant products have one shape of tiles, and no splits."""
+    """``linear`` is as ``kernels.reference.quantised.linear``, for activations of ``dtype``; ``plain`` multiplies what is
+    not quantised. Makes no host wait for the device. Batch-invariant products have one shape of tiles, and no splits.
+    """
 
     target: Target
     dtype: torch.dtype
+    plain: Plain
     has_fp8_unit: bool
-    is_batch_invariant: bool = False
+    is_batch_invariant: bool
 
     def linear(self, parts: Sequence[Matrix], bias: Tensor | None) -> Stacked:
         return stack(parts, bias, self._product)
@@ -60,7 +64,7 @@ class TritonQuantised:
         if isinstance(matrix, CodedMatrix) and coded_depth(matrix):
             table = None if matrix.table is None else matrix.table.to(self.compute)
             return _Coded(matrix, table, bias, self)
-        return DenseLinear(dequantise(matrix, self.dtype), bias)
+        return self.plain([dequantise(matrix, self.dtype)], bias)
 
     @property
     def compute(self) -> torch.dtype:
@@ -87,10 +91,12 @@ class TritonQuantised:
         return max(1, min(MAX_SPLITS, num_tiles // 4, wanted))
 
 
-def make(target: Target, device: torch.device, dtype: torch.dtype, *, is_batch_invariant: bool) -> TritonQuantised:
-    """Products for activations of ``dtype`` on ``device``, the one of ``target``."""
+def make(
+    target: Target, device: torch.device, dtype: torch.dtype, plain: Plain, *, is_batch_invariant: bool
+) -> TritonQuantised:
+    """``device`` is the one of ``target``."""
     has_fp8_unit = target.is_interpreted or torch.cuda.get_device_capability(device) >= OLDEST_FP8
-    return TritonQuantised(target, dtype, has_fp8_unit, is_batch_invariant)
+    return TritonQuantised(target, dtype, plain, has_fp8_unit, is_batch_invariant)
 
 
 def coded_depth(matrix: CodedMatrix) -> int:
@@ -122,6 +128,8 @@ class _Scaled:
     def __call__(self, x: Tensor) -> Tensor:
         matrix = self._matrix
         tokens, (rows, columns) = x.shape[0], matrix.shape
+        if not tokens:
+            return x.new_empty((0, rows))
         x = x if x.stride(1) == 1 else x.contiguous()
         inputs, x_scales = self._quantise(x) if self._quantises else (x, matrix.scale)
         tiles = self._how.tiles(tokens, 128, 128 if self._quantises else 64)
@@ -195,6 +203,8 @@ class _Coded:
     def __call__(self, x: Tensor) -> Tensor:
         matrix = self._matrix
         tokens, (rows, columns), num_bytes = x.shape[0], matrix.shape, matrix.codes.shape[1]
+        if not tokens:
+            return x.new_empty((0, rows))
         if matrix.order is not None:
             x = x.index_select(1, matrix.order)
         x = x if x.stride(1) == 1 else x.contiguous()

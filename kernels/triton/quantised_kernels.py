@@ -5,6 +5,7 @@ factor of a tile's product, so that its numbers go from memory through registers
 the multiplication. With several splits the columns are shared out to as many programs, and ``merge`` adds what they
 found in order. Sums are float32 (of int8 inputs: int32, which is exact).
 
+What changes from step to step is not specialised: a program is compiled once for each shape of tiles.
 Knows pointers and strides. What is chosen (tiles, splits) is ``kernels.triton.quantised``'s.
 """
 
@@ -130,7 +131,7 @@ def _from_codes(codes, zero, BITS: tl.constexpr, COMPUTE: tl.constexpr):
     return (number - (zero.to(tl.float32) + 8388608.0)).to(COMPUTE)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens", "tiles_per_split"])
 def multiply_scaled(
     x,
     x_scales,
@@ -231,7 +232,7 @@ def _group(
     return _from_codes(codes, middle, BITS, COMPUTE), factor
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens", "tiles_per_split"])
 def multiply_coded(
     x,
     codes,
@@ -312,7 +313,7 @@ def multiply_coded(
     _store(total, bias, out, row, token, rows, tokens, out_stride, split_stride, IS_SPLIT, HAS_BIAS)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_splits"])
 def merge(parts, bias, out, rows, num_splits, split_stride, out_stride, HAS_BIAS: tl.constexpr, BLOCK: tl.constexpr):
     """The sum of a token's splits, the first one first."""
     token = tl.program_id(0).to(tl.int64)

@@ -201,7 +201,9 @@ def test_a_model_runs_on_the_compiled_products(
     quantised, _ = quantise(plain, tmp_path, name)
     few = replace(GREEDY, max_tokens=3)
     wanted = tokens_of(quantised, params=few)
-    products = compiled.make(Target(4, is_interpreted=True), CPU, torch.float32, is_batch_invariant=False)
+    products = compiled.make(
+        Target(4, is_interpreted=True), CPU, torch.float32, REFERENCE.linear, is_batch_invariant=False
+    )
     kernels = replace(REFERENCE, quantised=products.linear)
     monkeypatch.setattr(dispatch, "choose", lambda *asked: kernels)
     assert tokens_of(quantised, params=few) == wanted

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from kernels.quantised import FP8, CodedMatrix, Matrix, ScaledMatrix, fuse, pack, unpack
+from kernels.reference import linear
 from kernels.reference import quantised as twins
 
 pytest.importorskip("triton")
@@ -32,7 +33,7 @@ def maker(
     dtype: torch.dtype, *, num_sms: int = NUM_SMS, fp8: bool | None = None, invariant: bool = False
 ) -> TritonQuantised:
     target = Target(num_sms, is_interpreted=not HAS_GPU)
-    made = compiled.make(target, DEVICE, dtype, is_batch_invariant=invariant)
+    made = compiled.make(target, DEVICE, dtype, linear, is_batch_invariant=invariant)
     return made if fp8 is None else replace(made, has_fp8_unit=fp8)
 
 
@@ -247,6 +248,12 @@ def test_splits_add_up(kind: str) -> None:
     assert maker(torch.float16, num_sms=400).splits(1, columns // 128) > 1
     for bias in (False, True):
         check(matrix, 2, maker(torch.float16, num_sms=400), bias=bias)
+
+
+def test_no_tokens_give_no_results() -> None:
+    """A step whose rows sample nothing."""
+    for matrix in (scaled(40, 64, FP8, inputs=True), coded(40, 64, bits=4, group=32, dtype=torch.float16)):
+        assert maker(torch.float16).linear([matrix], None)(numbers(0, 64).half()).shape == (0, 40)
 
 
 def test_stacked_parts_of_every_kind() -> None:
