@@ -42,6 +42,8 @@ SETTLE_S = 60.0
 _GIVEN_PORTS = Path("/proc/sys/net/ipv4/ip_local_port_range")
 _LOWEST_PORT = 10_000
 _INTO_FILE = 'exec "$@" >> "$0" 2>&1'
+_NO_RESERVE = {"MALLOC_MMAP_THRESHOLD_": "65536"}
+"""Larger pieces of memory are the system's again at once, so that a step notices when it has none to give."""
 
 
 @dataclass
@@ -116,7 +118,8 @@ class Arena:
     async def _wire(self, spec: ChildSpec) -> ChildSpec:
         """Each writes its log into a file. A worker listens at one place for good, and is known by its proxy's."""
         log = self._logs / f"{spec.name}.log"
-        spec = replace(spec, argv=("/bin/sh", "-c", _INTO_FILE, str(log), *spec.argv))
+        argv = ("/bin/sh", "-c", _INTO_FILE, str(log), *spec.argv)
+        spec = replace(spec, argv=argv, environ={**spec.environ, **_NO_RESERVE})
         if spec.name == ROUTER:
             return spec
         port, http_port = free_port(), free_port()

@@ -118,8 +118,8 @@ _HEAD = """\
 # What a client sees when something dies
 
 {num} rows, each as its last run found it; `make faults` runs them all and writes this page
-(`tests/faults/test_matrix.py`). On {machine}, shared with other work: times are what was seen, not a promise; the bound
-is.
+(`tests/faults/test_matrix.py`). The bound is a promise; the times are what was seen on {machine}, shared with other
+work.
 
 Two prefill workers (P), two decode workers (D), the router and Redis are processes; a proxy stands in front of each
 worker. Payloads travel inside gRPC's messages (`grpc`), or D copies them out of P's memory and only their places travel
