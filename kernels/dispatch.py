@@ -110,12 +110,13 @@ def _on_cuda(task: Task) -> Kernels:
 
 def _triton(task: Task, target: Target, *, is_batch_invariant: bool = False) -> Kernels:
     # Where there is no Triton, its kernels cannot even be defined.
-    from kernels.triton import fused, quantised, sampling
+    from kernels.triton import fused, sampling
     from kernels.triton.attention import TritonAttention
     from kernels.triton.batch_invariant import InvariantLinears
+    from kernels.triton.quantised import TritonQuantised
 
     linear = InvariantLinears(target).linear if is_batch_invariant else reference.linear
-    products = quantised.make(target, task.device, task.dtype, linear, is_batch_invariant=is_batch_invariant)
+    products = TritonQuantised(target, task.dtype, linear, is_batch_invariant)
     return Kernels(
         name="triton",
         linear=linear,

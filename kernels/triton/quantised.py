@@ -18,7 +18,7 @@ from torch import Tensor
 from kernels.quantised import FP8, CodedMatrix, Matrix, Product, ScaledMatrix, Stacked, stack
 from kernels.reference.quantised import dequantise
 from kernels.triton import quantised_kernels
-from kernels.triton.runtime import OLDEST_FP8, Target
+from kernels.triton.runtime import Target
 
 MAX_SPLITS = 16
 _WAVES = 2
@@ -45,15 +45,14 @@ class Tiles:
 
 @dataclass(frozen=True, slots=True)
 class TritonQuantised:
-    """``linear`` is as ``kernels.reference.quantised.linear``, for activations of ``dtype``; ``plain`` multiplies what is
-    not quantised. Makes no host wait for the device. Batch-invariant products have one shape of tiles, and no splits.
+    """``linear`` is as ``kernels.reference.quantised.linear``, for activations of ``dtype``; ``plain`` multiplies what
+    is not quantised. Makes no host wait for the device. Batch-invariant products have one shape of tiles and no splits.
     """
 
     target: Target
     dtype: torch.dtype
     plain: Plain
-    has_fp8_unit: bool
-    is_batch_invariant: bool
+    is_batch_invariant: bool = False
 
     def linear(self, parts: Sequence[Matrix], bias: Tensor | None) -> Stacked:
         return stack(parts, bias, self._product)
@@ -91,14 +90,6 @@ class TritonQuantised:
         return max(1, min(MAX_SPLITS, num_tiles // 4, wanted))
 
 
-def make(
-    target: Target, device: torch.device, dtype: torch.dtype, plain: Plain, *, is_batch_invariant: bool
-) -> TritonQuantised:
-    """``device`` is the one of ``target``."""
-    has_fp8_unit = target.is_interpreted or torch.cuda.get_device_capability(device) >= OLDEST_FP8
-    return TritonQuantised(target, dtype, plain, has_fp8_unit, is_batch_invariant)
-
-
 def coded_depth(matrix: CodedMatrix) -> int:
     """The bytes of a row that a tile takes, so that each lot has one group; 0 where none fits."""
     if matrix.group_size >= matrix.columns:
@@ -116,12 +107,12 @@ class _Scaled:
         self._bias = bias
         self._how = how
         is_int = matrix.values.dtype == torch.int8
-        self._quantises = matrix.quantises_inputs and (is_int or how.has_fp8_unit)
+        self._quantises = matrix.quantises_inputs and (is_int or how.target.has_fp8)
         if self._quantises:
             self._kind, self._values = "8-bit", matrix.values
             self._compute = tl.int8 if is_int else tl.float32 if how.target.is_interpreted else tl.float8e4nv
         else:
-            self._kind = "int8" if is_int else "fp8" if how.has_fp8_unit else "bytes"
+            self._kind = "int8" if is_int else "fp8" if how.target.has_fp8 else "bytes"
             self._values = matrix.values.view(torch.uint8) if self._kind == "bytes" else matrix.values
             self._compute = _TYPES[how.compute]
 

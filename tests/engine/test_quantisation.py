@@ -193,7 +193,7 @@ def test_a_model_runs_on_the_compiled_products(
 ) -> None:
     """Interpreted, where there is no GPU; weights are widened exactly, so the tokens are the same."""
     pytest.importorskip("triton")
-    from kernels.triton import quantised as compiled
+    from kernels.triton.quantised import TritonQuantised
     from kernels.triton.runtime import Target
 
     if torch.cuda.is_available():
@@ -201,9 +201,7 @@ def test_a_model_runs_on_the_compiled_products(
     quantised, _ = quantise(plain, tmp_path, name)
     few = replace(GREEDY, max_tokens=3)
     wanted = tokens_of(quantised, params=few)
-    products = compiled.make(
-        Target(4, is_interpreted=True), CPU, torch.float32, REFERENCE.linear, is_batch_invariant=False
-    )
+    products = TritonQuantised(Target(4, is_interpreted=True), torch.float32, REFERENCE.linear)
     kernels = replace(REFERENCE, quantised=products.linear)
     monkeypatch.setattr(dispatch, "choose", lambda *asked: kernels)
     assert tokens_of(quantised, params=few) == wanted

@@ -30,11 +30,9 @@ HAS_FP8 = not HAS_GPU or torch.cuda.get_device_capability(DEVICE) >= (8, 9)
 
 
 def maker(
-    dtype: torch.dtype, *, num_sms: int = NUM_SMS, fp8: bool | None = None, invariant: bool = False
+    dtype: torch.dtype, *, num_sms: int = NUM_SMS, fp8: bool = HAS_FP8, invariant: bool = False
 ) -> TritonQuantised:
-    target = Target(num_sms, is_interpreted=not HAS_GPU)
-    made = compiled.make(target, DEVICE, dtype, linear, is_batch_invariant=invariant)
-    return made if fp8 is None else replace(made, has_fp8_unit=fp8)
+    return TritonQuantised(Target(num_sms, not HAS_GPU, fp8), dtype, linear, invariant)
 
 
 def numbers(*shape: int, seed: int = 0, spread: bool = False) -> Tensor:
