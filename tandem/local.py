@@ -322,8 +322,10 @@ def _ignore(epoch: Epoch, change: InventoryChange) -> None:
 
 
 def print_line(name: str, line: str) -> None:
-    """A child's line on stderr behind its name; a line of JSON gets the name as its first field instead."""
-    if line.startswith('{"'):
-        print(f'{{"process": "{name}", {line[1:]}', file=sys.stderr, flush=True)
-    else:
-        print(f"{name:<10} | {line}", file=sys.stderr, flush=True)
+    """A child's line on stderr behind its name; a line of JSON gets the name as its first field instead.
+
+    What cannot be written (a full disk, a pipe that nobody reads any more) is lost: the children are worth more.
+    """
+    text = f'{{"process": "{name}", {line[1:]}' if line.startswith('{"') else f"{name:<10} | {line}"
+    with contextlib.suppress(OSError):
+        print(text, file=sys.stderr, flush=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import os
 import socket
 from dataclasses import replace
@@ -16,7 +17,7 @@ from proto.errors import SetupError
 from proto.ids import Epoch, WorkerId
 from proto.settings import CacheSettings, LedgerSettings, LogSettings, ModelSettings, RouterSettings, WorkerSettings
 from tandem import options
-from tandem.local import LocalStack, Ready, StackSettings, child_groups
+from tandem.local import LocalStack, Ready, StackSettings, child_groups, print_line
 from tandem.machine import Machine
 from tandem.options import ROUTER, SERVE, WORKER, Resolved, build_parser, resolve
 
@@ -96,6 +97,21 @@ def test_on_a_shared_ledger_workers_can_be_reached_and_have_unique_names() -> No
     assert one.environ["TANDEM_WORKER_ID"] != other.environ["TANDEM_WORKER_ID"]
     read = as_child_reads(dict(one.environ), WORKER).get(WorkerSettings)
     assert (read.host, read.advertise) == ("0.0.0.0", None)
+
+
+def test_a_childs_line_that_cannot_be_written_harms_nobody(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    print_line("router", "up")
+    print_line("router", '{"message": "up"}')
+    assert capsys.readouterr().err == 'router     | up\n{"process": "router", "message": "up"}\n'
+    reader, writer = os.pipe()
+    os.close(reader)  # as good as a full disk, on every system
+    with open(writer, "wb", buffering=0) as broken, io.TextIOWrapper(broken, write_through=True) as stream:
+        monkeypatch.setattr("sys.stderr", stream)
+        print_line("router", "nobody reads this")
+        with pytest.raises(BrokenPipeError):
+            stream.write("nor this")
 
 
 def test_ready_is_told_in_words() -> None:
