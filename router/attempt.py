@@ -18,7 +18,7 @@ from router.assembly import TokenAssembly
 from router.contract import StageTimes
 from router.deadlines import StageLimits
 from router.policy import Candidate, Decision, Way
-from router.recovery import Remedy, Side, Situation, is_nobodys_fault
+from router.recovery import Remedy, Side, Situation
 from router.stages import StageChange
 
 
@@ -143,6 +143,16 @@ class Try:
     attach: Attach | None = None
     """What the decode worker was told."""
 
+    def next_request(self, original: Request, remedy: Remedy, assembly: TokenAssembly) -> Request:
+        """What the workers of the try after this one are sent."""
+        match remedy:
+            case Remedy.RESUME:
+                return replace(original, forced=assembly.accepted())
+            case Remedy.REDIRECT:
+                return self.request
+            case _:
+                return original
+
     def following(self, request: Request, decision: Decision, *, keeps_prefill: bool) -> Try:
         """The next generation: with the blocks that ``prefill`` holds, or from the start."""
         generation = Generation(self.generation + 1)
@@ -199,10 +209,14 @@ class Try:
         return [worker for worker in self.workers() if worker is not self.prefill or not self.adopted]
 
     def blamed(self, epoch: Epoch, reason: RejectReason, remedy: Remedy) -> set[Epoch]:
-        """Whom the next try should do without, if it can, after ``epoch`` has rejected this one."""
+        """Whom the next try should do without, if it can, after ``epoch`` has rejected this one.
+
+        Nobody, where the news is of the other side, or where a redirect came too late: P may well have it all cached.
+        """
         if remedy is Remedy.REDIRECT:
             return {self.decode.epoch} if self.decode is not None else set()
-        return {epoch} if is_nobodys_fault(reason) else set()
+        is_redirected = self.side_of(epoch) is Side.PREFILL and self.prefill_since != self.generation
+        return set() if is_redirected or reason is RejectReason.PEER_LOST else {epoch}
 
     def situation(self, assembly: TokenAssembly) -> Situation:
         return Situation(

@@ -11,7 +11,6 @@ Redis and no text.
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 from collections.abc import Iterable
 from functools import partial
@@ -35,7 +34,7 @@ from router.buffer import TokenBuffer
 from router.deadlines import Watch
 from router.journal import Journal
 from router.patience import LONGEST_PAUSE_S
-from router.policy import Candidate, Decision
+from router.policy import Candidate, Decision, Tried
 from router.recovery import Remedy, Side, Situation, after_loss, after_rejection, error_of, is_nobodys_fault
 from router.search import Search
 from router.timers import Alarm, Timers
@@ -182,7 +181,10 @@ class Life:
         elif remedy is Remedy.AWAIT_VERDICT:
             self._await_verdict()
         elif remedy is not Remedy.NONE:
-            self._search.avoid(self.current.blamed(epoch, news.reason, remedy))
+            blamed = self.current.blamed(epoch, news.reason, remedy)
+            if news.reason is RejectReason.UNKNOWN and epoch in blamed:
+                self._dispatcher.failed_on(epoch)
+            self._search.avoid(blamed)
             self._recover(remedy, counts=not is_nobodys_fault(news.reason))
 
     def failed(self, epoch: Epoch, news: Failed) -> None:
@@ -259,7 +261,8 @@ class Life:
         """A worker came, or a pause is over: tries to place the request again, if it is waiting."""
         if self._need is None or self.is_over:
             return
-        remedy, request = self._need, self._request_for(self._need)
+        remedy = self._need
+        request = self.current.next_request(self.request, remedy, self.assembly)
         try:
             decision = self._search.find(request, remedy)
         except (NoWorker, Overloaded) as error:
@@ -271,22 +274,15 @@ class Life:
     def _found_nobody(self, error: NoWorker | Overloaded) -> None:
         if isinstance(error, Overloaded) and self._need is Remedy.RESTART and not self._num_faults:
             self.fail(error)
-        elif self._need is Remedy.REDIRECT and self.current.is_relayed and self._search.has_avoided:
+        elif self._need is Remedy.REDIRECT and isinstance(error, Tried) and not self._search.lacks_room:
+            self._give_up_blocks()
+        elif self._need is Remedy.REDIRECT and isinstance(error, Tried) and self.current.is_relayed:
             self._resume_on_decode()
         else:
             try:
                 self._search.wait(error, self.stage)
             except WorkerLost as lost:
                 self.fail(lost)
-
-    def _request_for(self, remedy: Remedy) -> Request:
-        match remedy:
-            case Remedy.RESUME:
-                return dataclasses.replace(self.request, forced=self.assembly.accepted())
-            case Remedy.REDIRECT:
-                return self.current.request
-            case _:
-                return self.request
 
     def _recover(self, remedy: Remedy, *, counts: bool = True) -> None:
         """Lets go of what the remedy does not use, and looks for a worker."""
@@ -321,6 +317,12 @@ class Life:
         work."""
         self._search.stays_on_decode = True
         self._recover(Remedy.RESUME, counts=False)
+
+    def _give_up_blocks(self) -> None:
+        """No decode worker gets them from where they are: it is their holder that is cut off."""
+        assert self.current.prefill is not None
+        self._search.avoid_only(self.current.prefill.epoch)
+        self._recover(self._situation().again, counts=False)
 
     def _lost_its_blocks(self) -> None:
         """While the request waits for a decode worker, its prefill worker has let go of the blocks, or is lost."""

@@ -58,6 +58,10 @@ class View:
     block_size: int
 
 
+class Tried(NoWorker):
+    """There are workers, but this request has failed on each of them."""
+
+
 class Way(enum.Enum):
     PAIR = "pair"
     """A prefill and a decode worker; or a decode worker alone where that is cheaper or all there is."""
@@ -132,7 +136,7 @@ NO_GOALS = Goals()
 def choose(view: View, ask: Ask, weights: Weights, goals: Goals = NO_GOALS) -> Decision:
     """The cheapest placement.
 
-    Raises Overloaded where every worker that could take it is full, or would miss a goal; else NoWorker.
+    Raises Overloaded where every worker that could take it is full, or would miss a goal; else NoWorker, or Tried.
     """
     scale = _Scale(view, ask, weights)
     decodes = _eligible(view, ask, Role.DECODE)
@@ -234,7 +238,7 @@ def _alive(view: View, role: Role) -> list[Candidate]:
 
 
 def _eligible(view: View, ask: Ask, role: Role) -> list[Candidate]:
-    """Live workers of ``role`` that can take this request. Raises NoWorker or Overloaded where there is none."""
+    """Live workers of ``role`` that can take this request. Raises NoWorker, Tried or Overloaded where there is none."""
     alive = _alive(view, role)
     if not alive:
         raise NoWorker(f"no {role.value} worker is connected")
@@ -250,7 +254,7 @@ def _eligible(view: View, ask: Ask, role: Role) -> list[Candidate]:
         return takers
     untried = [worker for worker in agreeing if worker.epoch not in ask.avoid]
     if not untried and any(worker.full_for_s <= 0 for worker in agreeing):
-        raise NoWorker(f"every {role.value} worker has been tried")
+        raise Tried(f"every {role.value} worker has been tried")
     # Better to wait for one that is full than to go back to one that has failed this request.
     wait = min(worker.full_for_s for worker in untried or agreeing)
     raise Overloaded(f"every {role.value} worker's queue is full", retry_after_s=wait)

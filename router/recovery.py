@@ -17,7 +17,8 @@
 "Again" is a restart while the client has no token, and from then on a resume: the tokens it has are forced, so it sees
 one sequence. It goes to where most of that is cached (``policy``): a prefill worker that has the prompt computes the
 rest, says the next token, and hands over as for any prompt; only the one after a hand-off that failed is a decode
-worker's alone. Every remedy but none and waiting is a new generation, which outlaws whatever the last one still sends.
+worker's alone. Where a redirect finds that every decode worker has been tried, it is P that is cut off: again, without
+it. Every remedy but none and waiting is a new generation, which outlaws whatever the last one still sends.
 """
 
 from __future__ import annotations

@@ -14,13 +14,13 @@ from proto.lifecycle import Stage
 from proto.request import Request
 from router.attempt import Dispatcher, Rules
 from router.patience import Patience
-from router.policy import Decision, Way
+from router.policy import Decision, Tried, Way
 from router.recovery import Remedy
 from router.timers import Alarm, Timers
 
 
 class Search:
-    """``find`` workers; None means that ``again`` will be called when it is time to ask once more."""
+    """``find`` workers, or ``wait``: ``again`` is called when it is time to ask once more."""
 
     def __init__(self, dispatcher: Dispatcher, rules: Rules, timers: Timers, again: Callable[[], None]) -> None:
         self.numerics = ""
@@ -42,12 +42,21 @@ class Search:
         """They failed it, or take nothing at present."""
         self._failed.update(epochs)
 
+    def avoid_only(self, epoch: Epoch) -> None:
+        """It was this one's fault, whoever else it looked like."""
+        self._failed = {epoch}
+
     def had_no_room(self, epoch: Epoch | None, hint_s: float | None) -> bool:
         """That decode worker refused its blocks; whether to ask on. It may still compute the prompt, in its turn."""
         if epoch is not None:
             self._without_room.add(epoch)
         self._hint_s = hint_s
         return self._patience.refused(self._timers.time())
+
+    @property
+    def lacks_room(self) -> bool:
+        """Whether a decode worker could take its blocks, if only it had room."""
+        return bool(self._without_room)
 
     def moved_on(self) -> None:
         """A decode worker has the request, or generates."""
@@ -66,17 +75,12 @@ class Search:
         self._patience.placed()
         return decision
 
-    @property
-    def has_avoided(self) -> bool:
-        """Whether a worker may be left that was passed over for what it did to this request."""
-        return bool(self._failed or self._without_room)
-
     def wait(self, error: NoWorker | Overloaded, stage: Stage) -> None:
         """Sees to it that ``again`` is called: after a pause where workers are full or were only avoided, and with
         patience where there are none at all. Raises WorkerLost when that is at its end."""
         if isinstance(error, Overloaded):
             self._wait(error.retry_after_s)
-        elif self.has_avoided:
+        elif isinstance(error, Tried):
             self._failed.clear()
             self._without_room.clear()
             self._wait(self._hint_s)

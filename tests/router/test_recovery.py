@@ -239,6 +239,24 @@ async def test_decode_that_lost_sight_of_a_living_prefill_is_replaced() -> None:
     await stream.aclose()
 
 
+@pytest.mark.parametrize("reason", [RejectReason.UNKNOWN, RejectReason.STALE])
+async def test_a_worker_that_cannot_does_not_get_the_request_again(reason: RejectReason) -> None:
+    """It is idle, and so the cheapest; its tries would all be spent there."""
+    house = House("p1", "p2", "d1", "d2")
+    stream = await house.start()
+    first, _ = house.last_prefill()
+    house.rejects(first, stream.id, reason)
+    second, _ = house.last_prefill()
+    assert second != first
+    house.says(second, token(stream.id, 0))
+    decode, _ = house.last_attach()
+    house.reports(decode, stream.id, Stage.ADOPTED)
+    house.rejects(decode, stream.id, reason)
+    assert house.last_attach()[0] != decode
+    assert house.fleet.faults == ([first, decode] if reason is RejectReason.UNKNOWN else [])
+    await stream.aclose()
+
+
 async def test_a_prefill_worker_whose_death_the_decode_worker_saw_first() -> None:
     """The blocks are redirected to a worker that will never be offered them, and so cannot say that it lacks any."""
     house = House("p1", "d1", "d2")
@@ -415,18 +433,35 @@ async def test_attempts_are_bounded_and_the_error_names_the_stage() -> None:
     assert house.flow.num_inflight == 0
 
 
-async def test_blocks_that_no_decode_worker_can_take_are_not_offered_for_ever() -> None:
-    house = House("p1", "d1", "d2", max_attempts=3)
+@pytest.mark.parametrize("reason", [RejectReason.MISMATCH, RejectReason.PEER_LOST])
+@pytest.mark.parametrize("has_first", [True, False])
+async def test_blocks_that_no_decode_worker_gets_are_computed_elsewhere(reason: RejectReason, has_first: bool) -> None:
+    """Their holder is cut off from the decode workers, or has no transport in common with them."""
+    house = House("p1", "d1", "d2")
+    house.index.stored(Epoch("epoch-p1"), house.fleet.hasher().full_blocks(range(10)))
     stream = await house.start()
+    if has_first:
+        house.says("p1", token(stream.id, 0))
     offered = [house.last_attach()[0]]
-    for _ in range(2):
-        house.rejects("p1", stream.id, RejectReason.MISMATCH, held=True)
-        house.timers.advance(2.0)
-        offered.append(house.last_attach()[0])
-    assert sorted(offered[:2]) == ["d1", "d2"]
-    house.rejects("p1", stream.id, RejectReason.MISMATCH, held=True)
-    with pytest.raises(WorkerLost, match="3 attempts"):
-        await anext(stream)
+    house.rejects("p1", stream.id, reason, held=True)
+    offered.append(house.last_attach()[0])
+    assert sorted(offered) == ["d1", "d2"]
+    house.rejects("p1", stream.id, reason, held=True)
+    to, attach = house.last_attach()
+    assert (attach.local, attach.generation, attach.request.forced) == (True, 3, ((0,),) if has_first else ())
+    assert Abort(stream.id, Generation(2)) in house.aborts_to("p1")
+    house.says(to, token(stream.id, 0), token(stream.id, 1, last=True))
+    assert len(await read_all(stream)) == 2
+
+
+async def test_blocks_that_no_decode_worker_gets_are_computed_by_another_prefill_worker_first() -> None:
+    house = House("p1", "p2", "d1")
+    stream = await house.start()
+    first, _ = house.last_prefill()
+    house.rejects(first, stream.id, RejectReason.PEER_LOST, held=True)
+    second, prefill = house.last_prefill()
+    assert (second != first, prefill.generation, prefill.decode.worker) == (True, 2, "d1")
+    await stream.aclose()
 
 
 async def test_a_protocol_break_and_our_own_fault_are_held_against_the_worker() -> None:
@@ -452,11 +487,15 @@ async def test_prefill_that_released_before_a_redirect_reached_it() -> None:
     house.kill(first)
     house.reports("p1", stream.id, Stage.ADOPTED, generation=1)
     assert not house.flow.num_waiting
+    house.index.stored(Epoch("epoch-p1"), house.fleet.hasher().full_blocks(range(10)))
     house.rejects("p1", stream.id, RejectReason.UNKNOWN)
+    assert house.fleet.faults == []
     to, attach = house.last_attach()
-    assert (attach.local, attach.request.forced) == (True, ((0,),))
-    house.says(to, token(stream.id, 1, last=True))
-    assert len(await read_all(stream)) == 2
+    assert (attach.local, attach.request.forced) == (False, ((0,),))
+    assert house.last_prefill()[1].generation == attach.generation == 3, "what it has let go of, it has cached"
+    house.says("p1", token(stream.id, 1))
+    house.says(to, token(stream.id, 2, last=True))
+    assert len(await read_all(stream)) == 3
 
 
 TROUBLES = st.lists(
@@ -480,7 +519,7 @@ def test_whatever_happens_the_client_reads_one_sequence_and_one_end(
 
     async def run() -> None:
         limits = StageLimits(queued_s=12.0, prefill_s=9.0, transfer_s=4.0, silence_s=6.0)
-        house = House("p1", "p2", "d1", "d2", max_attempts=4, limits=limits)
+        house = House("p1", "p2", "d1", "d2", max_attempts=4, limits=limits, request_timeout_s=1e9)
         stream = await house.start(n=num_choices)
         joined = 2
         for what, number in troubles:

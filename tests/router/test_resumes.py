@@ -200,6 +200,7 @@ async def test_who_can_never_go_on_is_not_asked_for_ever() -> None:
     stream = await house.start(PROMPT)
     house.says("d1", token(stream.id, 0))
     house.rejects("d1", stream.id, RejectReason.UNKNOWN)
+    house.timers.advance(2.0)
     for _ in range(2):
         generation = house.last_attach()[1].generation
         house.flow.message_came(Epoch("epoch-d1"), Failed(stream.id, generation, 400, "k", "too long"))
@@ -304,7 +305,8 @@ async def test_one_death_after_the_other() -> None:
     house = House("p1", "d1", "d2", "d3", max_attempts=9)
     stream, first = await decoding(house)
     house.kill(first)
-    house.rejects("p1", stream.id, RejectReason.UNKNOWN)
+    for _ in range(2):
+        house.rejects("p1", stream.id, RejectReason.REFUSED, held=True)
     second, attach = house.last_attach()
     assert attach.local
     house.says(second, token(stream.id, 3))
