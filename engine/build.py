@@ -169,15 +169,20 @@ def _available(
 
 
 def _warm_up(runner: Runner, kv: KvMemory, facts: EngineFacts) -> None:
-    """One chunk and one decode step, so that libraries choose and compile their kernels before the first request."""
-    num_tokens = min(64, facts.max_num_batched_tokens, facts.max_model_len, facts.num_kv_tokens)
-    blocks = range(-(-num_tokens // facts.block_size))
+    """One chunk and one decode step, so that libraries choose and compile their kernels before the first request.
+
+    On a GPU again at the end of the longest context: there several programs share a row's keys, by other kernels.
+    """
+    longest = min(facts.max_model_len, facts.num_kv_tokens)
+    num_tokens = min(64, facts.max_num_batched_tokens, longest)
     params = SamplingParams(seed=0, temperature=1.0, top_p=0.9)
     samples = (SampleSpec(choice=0, seed=0, position=0, params=params, prompt=(), output=()),)
-    runner.run(StepBatch((Row([0] * num_tokens, 0, blocks, samples),)))
-    runner.run(StepBatch((Row([0], num_tokens - 1, blocks, samples),)))
-    for block in blocks:
-        kv.zero_tail(block, 0)
+    for end in (num_tokens,) if facts.device == "cpu" else (num_tokens, longest):
+        start, blocks = end - num_tokens, range(-(-end // facts.block_size))
+        runner.run(StepBatch((Row([0] * num_tokens, start, blocks, samples),)))
+        runner.run(StepBatch((Row([0], end - 1, blocks, samples),)))
+        for block in blocks[start // facts.block_size :]:
+            kv.zero_tail(block, 0)
 
 
 def _name_model(settings: EngineSettings, facts: EngineFacts, found: FoundModel) -> tuple[ModelCard, BlockHasher]:

@@ -39,6 +39,7 @@ class World:
     is_fp8: bool = False
 
     def __post_init__(self) -> None:
+        torch.manual_seed(0)
         widths = [-(-(before + tokens) // self.block_size) for before, tokens in self.lengths]
         num_blocks = sum(widths) + 1
         order = torch.randperm(num_blocks - 1) + 1
