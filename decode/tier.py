@@ -19,6 +19,7 @@ from functools import partial
 
 from decode.seats import Seat
 from engine.core import EngineCore
+from engine.kv_memory import KvMemory
 from engine.rules import FinishRules
 from engine.sequence import Reservation
 from kvtransfer.fences import FenceTable
@@ -232,9 +233,7 @@ class DecodeTier:
             return Refusal(RefuseReason.STALE, f"generation {seat.generation} is known")
         key = try_id(fence.request, fence.generation)
         try:
-            reservation = await self._host.call(
-                lambda core: core.reserve(key, offer.hashes, offer.num_tokens, offer.num_choices)
-            )
+            reservation = await self._host.call(partial(_reserve, kv=self._host.parts.kv, key=key, offer=offer))
         except InvalidRequest as never:
             return Refusal(RefuseReason.MISMATCH, never.message)
         except RemoteProtocolError as broken:
@@ -385,6 +384,13 @@ class DecodeTier:
 
     def _now(self) -> float:
         return asyncio.get_running_loop().time()
+
+
+def _reserve(core: EngineCore, *, kv: KvMemory, key: RequestId, offer: Offer) -> Reservation | None:
+    """What arrives is written behind whatever was queued for these blocks before."""
+    reservation = core.reserve(key, offer.hashes, offer.num_tokens, offer.num_choices)
+    kv.fence()
+    return reservation
 
 
 def _finish_choice(core: EngineCore, *, key: RequestId, choice: int) -> None:

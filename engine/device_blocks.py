@@ -1,7 +1,7 @@
 """KV memory on a GPU as transfers use it: whole blocks, many at a time, on a stream of their own beside the steps.
 
-    engine's thread    step ── fence() ── step ── fence() ── step ──▶
-    any other thread            └──▶ copies and sums, of what was queued before the fence; the next step runs meanwhile
+    engine's thread    step that fills a prompt's blocks ── fence() ── step ── step ──▶
+    any other thread                                           └──▶ copies and sums; steps go on meanwhile
 
 Every call returns when its work is done. Knows blocks as numbered regions; knows nothing of who owns them.
 """
@@ -129,7 +129,7 @@ class DeviceBlocks:
         self._staging_lock = threading.Lock()
 
     def fence(self) -> None:
-        """For the engine's thread: transfers may rely on what it has queued so far, and not on what comes."""
+        """For the engine's thread: transfers from now on come behind what it has queued so far, beside what comes."""
         self._lane.fence()
 
     def beside_steps(self) -> AbstractContextManager[None]:

@@ -101,7 +101,7 @@ class KvMemory:
             self.paged.scales[block, ..., num_valid_tokens:] = 0
 
     def fence(self) -> None:
-        """For the engine's thread: transfers may rely on what it has queued so far."""
+        """For the engine's thread: transfers from now on come behind what it has queued so far."""
         if self._device_blocks is not None:
             self._device_blocks.fence()
 

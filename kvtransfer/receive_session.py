@@ -255,7 +255,7 @@ class ReceiveSession:
                 await self._frames.wait()
                 continue
             try:
-                are_right = await off_loop(functools.partial(self._place_all, frames), len(frames) * block_bytes)
+                are_right = await to_the_end(self._place_all(frames), lambda: None)
             except Exception as fault:
                 self._fail(fault)
                 are_right = [False] * len(frames)
@@ -264,13 +264,15 @@ class ReceiveSession:
                 self._receiver.placed(frame.index, is_right)
             self._changed()
 
-    def _place_all(self, frames: Sequence[Frame]) -> list[bool]:
+    async def _place_all(self, frames: Sequence[Frame]) -> list[bool]:
         """Copies payloads into their blocks, then checks what the blocks now hold."""
         assert self._source is not None
         assert self._offer is not None
         blocks = [self._blocks[frame.index] for frame in frames]
-        are_placed = self._source.place([frame.payload for frame in frames], blocks, self._store)
-        sums = self._sums.of(blocks, [self._offer.hashes[frame.index] for frame in frames])
+        hashes = [self._offer.hashes[frame.index] for frame in frames]
+        are_placed = await self._source.place([frame.payload for frame in frames], blocks, self._store)
+        num_bytes = len(frames) * self._store.layout.block_bytes
+        sums = await off_loop(functools.partial(self._sums.of, blocks, hashes), num_bytes)
         return [
             is_placed and total == frame.checksum
             for frame, is_placed, total in zip(frames, are_placed, sums, strict=True)

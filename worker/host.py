@@ -100,13 +100,11 @@ class EngineHost:
 
     def _send(self, fn: Callable[[EngineCore], T]) -> Future[T]:
         assert self._loop is not None, "open() comes first"
-        kv = self.parts.kv
 
         def run_and_collect(core: EngineCore) -> T:
             try:
                 return fn(core)
             finally:
-                kv.fence()
                 self._collect_cache_events(core)
                 load = core.load()
                 self._hop(lambda: self._events.load_changed(load))
@@ -138,7 +136,8 @@ class EngineHost:
         self._hop(lambda: self._events.started(request))
 
     def _on_step(self, core: EngineCore, kv: KvMemory, output: StepOutput) -> None:
-        kv.fence()
+        if output.filled:
+            kv.fence()
         news = StepNews(output, core.load(), core.stats)
         self._hop(lambda: self._events.stepped(news))
         self._collect_cache_events(core)

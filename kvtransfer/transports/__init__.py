@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
+from kvtransfer.tasks import off_loop
 from kvtransfer.transport import BlockStore
 from proto.errors import RemoteProtocolError
 from proto.handoff import Located, Offer, TransportOffer
@@ -38,10 +39,10 @@ class PayloadSource(Protocol):
     def batch_bytes(self) -> int:
         """How much is best placed in one call."""
 
-    def place(self, payloads: Sequence[Payload], blocks: Sequence[BlockId], store: BlockStore) -> list[bool]:
+    async def place(self, payloads: Sequence[Payload], blocks: Sequence[BlockId], store: BlockStore) -> list[bool]:
         """Copies each payload into the block of ``store`` beside it; returns when the bytes are there.
 
-        False for those that could not be had: as useless as damaged ones. Called from any thread. Raises DeviceLost.
+        False for those that could not be had: as useless as damaged ones. Not to be cancelled. Raises DeviceLost.
         """
 
     def close(self) -> None:
@@ -83,8 +84,8 @@ class InlineReader:
 class _InlineSource:
     batch_bytes = HOST_BATCH_BYTES
 
-    def place(self, payloads: Sequence[Payload], blocks: Sequence[BlockId], store: BlockStore) -> list[bool]:
-        return place_each(_inline, payloads, blocks, store)
+    async def place(self, payloads: Sequence[Payload], blocks: Sequence[BlockId], store: BlockStore) -> list[bool]:
+        return await place_each(_inline, payloads, blocks, store)
 
     def close(self) -> None:
         """Nothing is held."""
@@ -96,14 +97,18 @@ def _inline(payload: Payload) -> bytes | memoryview:
     return payload
 
 
-def place_each(
+async def place_each(
     fetch: Callable[[Payload], bytes | memoryview],
     payloads: Sequence[Payload],
     blocks: Sequence[BlockId],
     store: BlockStore,
 ) -> list[bool]:
     """``PayloadSource.place`` for bytes that the CPU sees; ``fetch`` raises RemoteProtocolError if there are none."""
-    return [_place_one(fetch, payload, block, store) for payload, block in zip(payloads, blocks, strict=True)]
+
+    def place_all() -> list[bool]:
+        return [_place_one(fetch, payload, block, store) for payload, block in zip(payloads, blocks, strict=True)]
+
+    return await off_loop(place_all, len(blocks) * store.layout.block_bytes)
 
 
 def _place_one(

@@ -156,11 +156,11 @@ class CudaIpcSource:
         self._theirs = as_blocks(mapping.memory.blocks, block_bytes)
         mapping.take()
 
-    def place(self, payloads: Sequence[Payload], blocks: Sequence[BlockId], store: BlockStore) -> list[bool]:
+    async def place(self, payloads: Sequence[Payload], blocks: Sequence[BlockId], store: BlockStore) -> list[bool]:
         assert self._mapping is not None, "a closed source is not read"
         found = find_blocks(payloads, blocks, store.layout.block_bytes, len(self._theirs))
         if found.ours:
-            self._device.copy_in(self._theirs, found.theirs, found.ours)
+            await asyncio.to_thread(self._device.copy_in, self._theirs, found.theirs, found.ours)
         return found.are_found
 
     def close(self) -> None:

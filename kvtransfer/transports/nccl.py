@@ -159,10 +159,10 @@ class NcclSource:
         self._peer: _Peer | None = peer
         peer.take()
 
-    def place(self, payloads: Sequence[Payload], blocks: Sequence[BlockId], store: BlockStore) -> list[bool]:
+    async def place(self, payloads: Sequence[Payload], blocks: Sequence[BlockId], store: BlockStore) -> list[bool]:
         assert self._peer is not None, "a closed source is not read"
         found = find_blocks(payloads, blocks, store.layout.block_bytes, self._peer.offer.num_blocks)
-        if found.ours and not self._peer.fetch(found.theirs, found.ours):
+        if found.ours and not await self._peer.fetch(found.theirs, found.ours):
             return [False] * len(payloads)
         return found.are_found
 
@@ -195,10 +195,9 @@ class _Peer:
         self._groups = groups
         self._on_idle = on_idle
         """Called when the communicator has ended and nobody uses it."""
-        self._loop = asyncio.get_running_loop()
         self._pair: _Pair | None = None
         self._joining = asyncio.Lock()
-        self._fetching = threading.Lock()
+        self._fetching = asyncio.Lock()
         self._not_before = 0.0
 
     @property
@@ -237,17 +236,15 @@ class _Peer:
         if pair is not None:
             pair.end(reason)
 
-    def fetch(self, theirs: Sequence[int], ours: Sequence[BlockId]) -> bool:
-        """P's blocks into ours; False where that failed. From any thread but the event loop's. Raises DeviceLost."""
-        with self._fetching:
-            pair = self._pair
-            if pair is None or not pair.is_alive:
-                pair = asyncio.run_coroutine_threadsafe(self.joined(), self._loop).result()
+    async def fetch(self, theirs: Sequence[int], ours: Sequence[BlockId]) -> bool:
+        """P's blocks into ours; False where that failed. Raises DeviceLost."""
+        async with self._fetching:
+            pair = await self.joined()
             if pair is None:
                 return False
+            pair.ask(Fetch(tuple(map(BlockId, theirs))))
             try:
-                self._loop.call_soon_threadsafe(pair.ask, Fetch(tuple(map(BlockId, theirs))))
-                pair.ring.receive(ours)
+                await in_thread(partial(pair.ring.receive, ours))
             except RingBroken as broken:
                 log.warning("the communicator with %s has failed: %s", self.offer.address, broken)
                 return False

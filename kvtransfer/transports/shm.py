@@ -46,7 +46,7 @@ def read_export(detail: bytes) -> MemoryExport | None:
 
 
 class ShmReader:
-    """D's mappings. For one event loop; ``place`` of its sources may be called from any thread."""
+    """D's mappings. For one event loop."""
 
     name = SHM
 
@@ -85,8 +85,8 @@ class ShmSource:
         self._block_bytes = block_bytes
         mapping.take()
 
-    def place(self, payloads: Sequence[Payload], blocks: Sequence[BlockId], store: BlockStore) -> list[bool]:
-        return place_each(self.fetch, payloads, blocks, store)
+    async def place(self, payloads: Sequence[Payload], blocks: Sequence[BlockId], store: BlockStore) -> list[bool]:
+        return await place_each(self.fetch, payloads, blocks, store)
 
     def fetch(self, payload: Payload) -> memoryview:
         """The block in P's memory, without a copy. Raises RemoteProtocolError where there is none."""

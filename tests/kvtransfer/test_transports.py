@@ -421,7 +421,7 @@ class TestChoice:
         store = Store(2)
         source = await InlineReader("grpc").open(b"", Epoch("p"), store)
         right = bytes(range(BLOCK))
-        assert source.place([Located(0), right], [BlockId(0), BlockId(1)], store) == [False, True]
+        assert await source.place([Located(0), right], [BlockId(0), BlockId(1)], store) == [False, True]
         assert store.writes == {1: 1}
         assert bytes(store.read(BlockId(1))) == right
         source.close()

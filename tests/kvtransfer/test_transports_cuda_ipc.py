@@ -68,7 +68,7 @@ async def test_blocks_are_copied_in_one_go(driver: FakeDriver, theirs: DeviceSto
     assert source is not None
     ours.lane.told.clear()
     payloads = [Located(block * BLOCK_BYTES) for block in blocks]
-    assert source.place(payloads, [BlockId(3), BlockId(2), BlockId(1), BlockId(0)], ours) == [True] * 4
+    assert await source.place(payloads, [BlockId(3), BlockId(2), BlockId(1), BlockId(0)], ours) == [True] * 4
     assert ours.lane.told == ["enter", "finish"], "one launch for all, waited for once"
     assert all(ours.read(BlockId(3 - block)) == theirs.read(block) for block in blocks)
     assert theirs.blocks.memory.equal(before), "P's memory is only read"
@@ -88,7 +88,7 @@ async def test_one_mapping_serves_all_hand_offs_of_an_incarnation(
     assert driver.closed == [], "sources that are open stay good"
     for source in sources:
         assert source is not None
-        assert source.place([Located(0)], [BlockId(0)], ours) == [True]
+        assert await source.place([Located(0)], [BlockId(0)], ours) == [True]
         source.close()
     assert driver.closed == driver.opened
 
@@ -99,10 +99,15 @@ async def test_places_where_no_block_lies(driver: FakeDriver, theirs: DeviceStor
     assert source is not None
     theirs.fill(make_offer(NUM_BLOCKS, layout=SHARED_LAYOUT))
     payloads = [Located(NUM_BLOCKS * BLOCK_BYTES), b"inline", Located(BLOCK_BYTES), Located(1)]
-    assert source.place(payloads, [BlockId(0), BlockId(1), BlockId(2), BlockId(3)], ours) == [False, False, True, False]
+    assert await source.place(payloads, [BlockId(0), BlockId(1), BlockId(2), BlockId(3)], ours) == [
+        False,
+        False,
+        True,
+        False,
+    ]
     assert ours.read(BlockId(2)) == theirs.read(BlockId(1))
     assert not any(ours.read(BlockId(0)))
-    assert source.place([Located(1)], [BlockId(3)], ours) == [False]
+    assert await source.place([Located(1)], [BlockId(3)], ours) == [False]
     source.close()
     reader.close()
 

@@ -90,7 +90,7 @@ def ours() -> DeviceStore:
 
 async def place(source: NcclSource, theirs: list[int], blocks: list[int], store: Store) -> list[bool]:
     payloads = [Located(block * BLOCK_BYTES) for block in theirs]
-    return await asyncio.to_thread(source.place, payloads, list(map(BlockId, blocks)), store)
+    return await source.place(payloads, list(map(BlockId, blocks)), store)
 
 
 async def opened(reader: NcclReader, prefill: Prefill, store: Store, epoch: Epoch = P) -> NcclSource:

@@ -88,7 +88,7 @@ async def test_a_place_where_no_block_lies(store: SharedStore, offset: int) -> N
         source.fetch(Located(offset))
     with pytest.raises(RemoteProtocolError):
         source.fetch(b"inline")
-    assert source.place([Located(offset)], [BlockId(0)], Store(1, SHARED_LAYOUT)) == [False]
+    assert await source.place([Located(offset)], [BlockId(0)], Store(1, SHARED_LAYOUT)) == [False]
     source.close()
     reader.close()
 

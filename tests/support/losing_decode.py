@@ -24,6 +24,13 @@ from tandem.cli import main
 MARKER = Path(sys.argv[1])
 
 
+def is_first() -> bool:
+    if MARKER.exists():
+        return False
+    MARKER.touch()
+    return True
+
+
 class LosingReader:
     def __init__(self, reader: PayloadReader) -> None:
         self._reader = reader
@@ -43,11 +50,10 @@ class LosingSource:
         self.batch_bytes = source.batch_bytes
         self.close = source.close
 
-    def place(self, payloads: Sequence[Payload], blocks: Sequence[BlockId], store: BlockStore) -> list[bool]:
-        if not MARKER.exists():
-            MARKER.touch()
+    async def place(self, payloads: Sequence[Payload], blocks: Sequence[BlockId], store: BlockStore) -> list[bool]:
+        if is_first():
             raise DeviceLost("this process has lost its device: an illegal memory access was encountered")
-        return self._source.place(payloads, blocks, store)
+        return await self._source.place(payloads, blocks, store)
 
 
 def losing_readers(names: Sequence[str], epoch: Epoch, tls: TlsFiles | None) -> tuple[PayloadReader, ...]:
