@@ -143,6 +143,18 @@ def test_attend(
     assert torch.equal(kernels.attend(query, PagedKv(kv), 1, batch, AttentionSpec(0.2, window)), found)
 
 
+@pytest.mark.parametrize("is_fp8", [False, True])
+def test_attend_with_soft_caps_and_fp8(kernels: Kernels, is_fp8: bool) -> None:
+    kv = PagedKv(torch.randn(15, 2, 2, 16, 2, 20))
+    if is_fp8:
+        data, scales = reference.quantise_kv(kv.data)
+        kv = PagedKv(data, scales.transpose(3, 4).contiguous())
+    batch = make_batch([(5, 1), (63, 1), (0, 70)], torch.randperm(15).view(3, 5))
+    query, spec = torch.randn(72, 6, 20), AttentionSpec(1.0, 40, soft_cap=2.0)
+    found = kernels.attend(query, kv, 1, batch, spec)
+    close(found, reference.attend(query, kv, 1, batch, spec), torch.float32)
+
+
 def test_attend_reads_nothing_beyond_the_sequence(kernels: Kernels) -> None:
     kv = torch.randn(8, 1, 2, 16, 2, 64)
     batch = make_batch([(4, 1), (0, 37)], torch.tensor([[0, 0, 0], [1, 2, 3]]))
