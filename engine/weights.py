@@ -123,8 +123,8 @@ class SafetensorsSource:
         tensor = self._mapped(name)
         if not tensor.is_floating_point() or tensor.element_size() < 2:
             raise CheckpointError(
-                f"{self.where(name)}: tensor {name} is {tensor.dtype}: quantised, and config.json does not say how "
-                "(quantization_config)."
+                f"{self.where(name)}: tensor {name} is {tensor.dtype}: quantised, which config.json's "
+                "quantization_config does not explain."
             )
         return tensor
 
@@ -156,7 +156,7 @@ class SafetensorsSource:
         """Why a plain weight may be missing."""
         module = name.removesuffix(".weight")
         found = next((key for key in (f"{module}.qweight", f"{module}.weight_packed") if self.has(key)), None)
-        return f" There is {found}: it is quantised, and config.json does not say how." if found else ""
+        return f" There is {found}, which config.json's quantization_config does not explain." if found else ""
 
 
 class MeasuringSource:

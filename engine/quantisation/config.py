@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-
 from engine.config_file import ConfigFile
 from engine.quantisation import compressed_tensors
 from engine.quantisation.bitsandbytes import BitsAndBytes
@@ -14,13 +12,10 @@ from engine.quantisation.scheme import Scheme
 from proto.errors import SettingsError, UnsupportedModel
 from proto.settings import ModelSettings
 
-log = logging.getLogger(__name__)
-
 _SUFFIX = "_marlin"
 """vLLM has kernels of that name for AWQ and GPTQ; the checkpoints are the same."""
 
 _SECTIONS = ("quantization_config", "compression_config")
-
 
 Quantisation = Rounding | Scheme
 
@@ -39,7 +34,7 @@ def read_quantisation(config: ConfigFile, settings: ModelSettings) -> Quantisati
     if wish not in (None, stored.name):
         raise SettingsError(
             f"quantization {wish} does not fit this checkpoint, which is {stored.describe()} already ({section.name}). "
-            f"Leave --quantization out, or take the unquantised checkpoint.",
+            "Leave --quantization out, or take the unquantised checkpoint.",
             param="quantization",
         )
     if settings.load_format == "dummy":

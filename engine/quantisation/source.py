@@ -14,7 +14,7 @@ from kernels.quantised import Matrix
 from proto.errors import CheckpointError
 
 _KEPT = "lm_head"
-"""Is not rounded: it decides the tokens, and is a small part of all weights."""
+"""Is not rounded, as in vLLM: it decides the tokens."""
 
 
 class RoundingSource:

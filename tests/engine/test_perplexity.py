@@ -47,7 +47,8 @@ def test_on_a_text(tmp_path: Path) -> None:
             losses.append(torch.nn.functional.cross_entropy(logits, window[1:], reduction="none"))
     assert rows["float32"] == (pytest.approx(math.exp(float(torch.cat(losses).mean())), rel=1e-4), 0.0)
     changes = {name.split(" (")[0]: abs(change) for name, (_, change) in rows.items()}
-    assert list(changes) == ["float32", "fp8", "and activations of 8 bits: fp8", "int8", "nf4", "gptq"]
+    rounded = ["fp8", "and activations of 8 bits: fp8", "int8", "nf4"]
+    assert list(changes) == ["float32", "float32, keys and values fp8", *rounded, "gptq"]
     assert all(change > 0 for name, change in changes.items() if name != "float32")
     assert len({perplexity for perplexity, _ in rows.values()}) == len(rows)
 
@@ -55,7 +56,7 @@ def test_on_a_text(tmp_path: Path) -> None:
 def test_on_the_models_own_words(tmp_path: Path) -> None:
     """Fewer bits are worse, on average, than the model that wrote the text."""
     plain = make_checkpoint(tmp_path / "plain")
-    rows = run(str(plain), "--tokens=384", "--window=32", "--dtype=float32", "--round=int8,nf4")
+    rows = run(str(plain), "--tokens=384", "--window=32", "--dtype=float32", "--round=int8,nf4", "--kv=auto")
     (plain_perplexity, _), (_, of_int8), (_, of_nf4) = rows.values()
     assert plain_perplexity < 300, "less than guessing among all tokens"
     assert of_nf4 > max(0, of_int8)
