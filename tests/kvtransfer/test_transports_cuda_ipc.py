@@ -294,3 +294,20 @@ async def test_between_two_processes(end: Callable[[asyncio.subprocess.Process],
     await is_closed.wait()
     assert reader.num_mappings == 0, "a dead process's memory is not kept behind it"
     await server.stop(None)
+
+
+async def test_a_kill_in_the_middle_of_copies() -> None:
+    """On a GPU CUDA decides what becomes of D; it goes on, or it says that its device is lost and ends."""
+    arguments = (sys.executable, "-m", "tests.support.ipc_pair")
+    holding = await asyncio.create_subprocess_exec(*arguments, "hold", cwd=ROOT, stdout=asyncio.subprocess.PIPE)
+    assert holding.stdout is not None
+    offer = (await holding.stdout.readline()).decode().strip()
+    copying = await asyncio.create_subprocess_exec(
+        *arguments, "copy", offer, str(holding.pid), cwd=ROOT, stdout=asyncio.subprocess.PIPE
+    )
+    assert copying.stdout is not None
+    assert await copying.stdout.readline() == b"copying\n"
+    os.kill(holding.pid, signal.SIGKILL)
+    await holding.wait()
+    said, _ = await copying.communicate()
+    assert (said, copying.returncode) in ((b"alive\n", 0), (b"lost\n", 1))
