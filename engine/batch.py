@@ -36,12 +36,17 @@ class Row:
 
     ``block_table`` lists the blocks of positions 0 to start + len(tokens) - 1. ``samples`` is empty for a chunk that is
     not the prompt's last, and has one entry per choice when a prompt's last token feeds several.
+
+    A row that ``follows`` has one token, which is not known yet: the one that this draw (in the order of rows and their
+    samples) of the batch submitted just before it gives. ``tokens`` has a stand-in, and the sample's ``output`` ends
+    before it.
     """
 
     tokens: Sequence[int]
     start: int
     block_table: Sequence[int]
     samples: tuple[SampleSpec, ...] = ()
+    follows: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

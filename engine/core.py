@@ -1,28 +1,26 @@
-"""The step: schedule, run, apply; and everything that may be asked of an engine between two steps.
+"""One engine: the step (``engine.stepper``), and everything that may be asked of it between two steps.
 
-Knows sequences, blocks and when choices end. Knows no tensors (a runner computes), no time but its own durations, no
-threads (``engine.loop`` has one) and no network. Every call is made on one thread. A request is known by its id from
-add() or reserve() until its last choice ends, its hold is released, or it is aborted or cancelled.
+Knows sequences, blocks and when choices end. Knows no tensors (a runner computes), no threads (``engine.loop`` has one)
+and no network. Every call is made on one thread. A request is known by its id from add() or reserve() until its last
+choice ends, its hold is released, or it is aborted or cancelled.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Protocol
 
-from engine.batch import Row, StepBatch, StepResult
 from engine.block_pool import BlockPool
 from engine.facts import EngineFacts
-from engine.outcome import KvLike, Outcome
+from engine.outcome import KvLike
 from engine.output import StepOutput
 from engine.population import Population
 from engine.prefix_cache import PrefixCache
 from engine.rules import FinishRules, check_request, check_room
-from engine.scheduler import Schedule, Scheduler, SchedulerLimits
-from engine.sequence import Reservation, Running, Track, num_blocks_for
+from engine.scheduler import Scheduler, SchedulerLimits
+from engine.sequence import Reservation, Track, num_blocks_for
 from engine.stats import EngineStats, Meter
+from engine.stepper import RunnerLike, Stepper
 from proto.control import Load
 from proto.errors import LocalProtocolError, Overloaded, RemoteProtocolError
 from proto.hashing import BlockHasher
@@ -31,28 +29,10 @@ from proto.inventory import CacheChange
 from proto.request import Request
 
 
-class RunnerLike(Protocol):
-    """Computes a batch; see ``engine.batch`` for what it is given and gives back."""
-
-    def run(self, batch: StepBatch) -> StepResult: ...
-
-
-@dataclass(frozen=True, slots=True)
-class _Step:
-    """A decision with its blocks taken, ready to run. ``copied``: whose blocks the ``copies`` are."""
-
-    began: float
-    schedule: Schedule
-    rows: tuple[tuple[Running, int], ...]
-    copies: tuple[tuple[BlockId, BlockId], ...]
-    copied: tuple[Running, ...]
-    started: tuple[RequestId, ...]
-
-
 class EngineCore:
     """One engine. ``policy`` is ``fcfs`` or ``priority``; ``max_num_queued`` bounds the fresh requests that wait.
 
-    ``on_started`` is called with a request's id just before the step that computes its first chunk runs.
+    ``runs_ahead`` and ``on_started`` are ``engine.stepper.Stepper``'s.
     """
 
     def __init__(
@@ -66,119 +46,42 @@ class EngineCore:
         enable_chunked_prefill: bool = True,
         policy: str = "fcfs",
         max_num_queued: int = 512,
+        runs_ahead: bool = False,
         on_started: Callable[[RequestId], None] | None = None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         assert hasher.block_size == facts.block_size
         assert policy in ("fcfs", "priority")
-        self._runner = runner
-        self._kv = kv
         self._facts = facts
         self._hasher = hasher
         self._uses_priority = policy == "priority"
         self._max_num_queued = max_num_queued
-        self._on_started = on_started
-        self._clock = clock
         self._cache = PrefixCache(BlockPool(facts.num_blocks), is_enabled=enable_prefix_caching)
         self._live = Population(self._cache, hasher)
-        self._scheduler = Scheduler(SchedulerLimits.of(facts, enable_chunked_prefill=enable_chunked_prefill))
         self._num_arrived = 0
         self._meter = Meter()
-        # What the last step found: somebody left out for want of blocks or a seat; nothing at all that it could do.
-        self._is_full = False
-        self._is_stuck = False
+        self._stepper = Stepper(
+            runner,
+            kv,
+            facts,
+            self._live,
+            Scheduler(SchedulerLimits.of(facts, enable_chunked_prefill=enable_chunked_prefill)),
+            self._meter,
+            runs_ahead=runs_ahead,
+            on_started=on_started,
+            clock=clock,
+        )
 
     # -- the step ---------------------------------------------------------------------------------------------------
 
     def has_work(self) -> bool:
         """Whether step() may get something done. False while everything waits for blocks that holds and reservations
         have: their end, like every other call, makes it true again."""
-        return not self._is_stuck and (len(self._live.running) > 0 or len(self._live.waiting) > 0)
+        return self._stepper.has_work()
 
     def step(self) -> StepOutput:
-        """Computes one batch. What the runner raises passes through; the same work is then tried again by the next."""
-        step = self._schedule()
-        result = self._run(step)
-        return self._apply(step, result)
-
-    def _schedule(self) -> _Step:
-        began = self._clock()
-        live, cache = self._live, self._cache
-        schedule = self._scheduler.decide(live.running, live.waiting, cache, live.num_reserved_seats)
-        self._is_full, self._is_stuck = schedule.is_full, schedule.is_empty
-        for victim in schedule.preemptions:
-            live.preempt(victim)
-        for admission in schedule.admissions:
-            cache.pin(admission.matched)
-        rows: list[tuple[Running, int]] = []
-        copies: list[tuple[BlockId, BlockId]] = []
-        for chunk in schedule.chunks:
-            chunk.sequence.blocks += cache.allocate(chunk.num_new_blocks)
-            if chunk.copies_last:
-                copies.append(live.unshare(chunk.sequence))
-            rows.append((chunk.sequence, chunk.num_tokens))
-        copied = tuple(chunk.sequence for chunk in schedule.chunks if chunk.copies_last)
-        started: list[RequestId] = []
-        for admission in schedule.admissions:
-            sequence = live.admit(admission)
-            rows.append((sequence, admission.num_tokens))
-            if self._note_start(sequence):
-                started.append(sequence.track.id)
-        return _Step(began, schedule, tuple(rows), tuple(copies), copied, tuple(started))
-
-    def _note_start(self, sequence: Running) -> bool:
-        """Whether this is the first time that any sequence of its request runs."""
-        known = self._live.known[sequence.track.id]
-        if known.is_started:
-            return False
-        known.is_started = True
-        known.num_cached = min(sequence.num_computed, sequence.track.num_prompt)
-        self._meter.count_match(sequence.track.num_prompt, known.num_cached)
-        return True
-
-    def _run(self, step: _Step) -> StepResult:
-        try:
-            if self._on_started is not None:
-                for request in step.started:
-                    self._on_started(request)
-            if not step.rows:
-                return ()
-            return self._runner.run(StepBatch(tuple(self._row(*row) for row in step.rows), step.copies))
-        except BaseException:
-            # Chunks are simply computed again, but nobody will make these copies again.
-            for sequence in step.copied:
-                self._live.preempt(sequence)
-            raise
-
-    def _row(self, sequence: Running, num_tokens: int) -> Row:
-        track, start = sequence.track, sequence.num_computed
-        stop = start + num_tokens
-        return Row(
-            tokens=track.tokens(start, stop),
-            start=start,
-            block_table=sequence.blocks[: num_blocks_for(stop, self._facts.block_size)],
-            samples=track.sample_specs() if stop == len(track) else (),
-        )
-
-    def _apply(self, step: _Step, result: StepResult) -> StepOutput:
-        num_cached = tuple(self._live.known[request].num_cached for request in step.started)
-        outcome = Outcome(self._live, self._kv, self._facts.block_size)
-        for (sequence, num_tokens), sampled in zip(step.rows, result, strict=True):
-            outcome.apply(sequence, num_tokens, sampled)
-        duration_s = self._clock() - step.began
-        preempted = tuple(victim.track.id for victim in step.schedule.preemptions)
-        self._meter.num_preemptions += len(preempted)
-        if step.rows:
-            self._meter.count_step(outcome.num_prompt_tokens, len(outcome.tokens), duration_s)
-        return StepOutput(
-            tokens=tuple(outcome.tokens),
-            started=step.started,
-            filled=tuple(outcome.filled),
-            preempted=preempted,
-            num_tokens=sum(num_tokens for _, num_tokens in step.rows),
-            duration_s=duration_s,
-            num_cached=num_cached,
-        )
+        """Completes one batch. What the runner raises passes through; the same work is then tried again by the next."""
+        return self._stepper.step()
 
     # -- requests ---------------------------------------------------------------------------------------------------
 
@@ -203,7 +106,7 @@ class EngineCore:
             self._live.introduce(request.id)
         for track in tracks:
             self._live.enqueue(track, is_urgent=request.is_resumed)
-        self._is_stuck = False
+        self._stepper.wake()
 
     def abort(self, request: RequestId) -> None:
         """Lets go of everything of the request, in whichever stage it is. May be repeated; says nothing."""
@@ -226,7 +129,7 @@ class EngineCore:
                 live.finish(sequence)
         if request in live.reserved:
             live.reserved[request].unwanted.add(choice)
-        self._is_stuck = False
+        self._stepper.wake()
 
     def num_cached(self, request: RequestId) -> int:
         """Prompt tokens of a request on this engine that the prefix cache served; 0 before it starts, and when it has
@@ -246,7 +149,7 @@ class EngineCore:
     def release(self, request: RequestId) -> None:
         """Ends a hold: full blocks stay in the prefix cache, unpinned. May be repeated."""
         self._live.release(request)
-        self._is_stuck = False
+        self._stepper.wake()
 
     # -- prompts computed elsewhere for here ------------------------------------------------------------------------
 
@@ -264,7 +167,7 @@ class EngineCore:
         if num_tokens < 1 or num_choices < 1 or len(hashes) != num_blocks_for(num_tokens, facts.block_size):
             raise RemoteProtocolError(f"{len(hashes)} block hashes for {num_tokens} tokens and {num_choices} choices")
         check_room(num_tokens, num_choices, facts)
-        if live.waiting.has_urgent or (self._is_full and len(live.waiting) + len(live.running) > 0):
+        if live.waiting.has_urgent or (self._stepper.is_full and len(live.waiting) + len(live.running) > 0):
             return None
         if live.num_running_seats + live.num_reserved_seats + num_choices > facts.max_num_seqs:
             return None
@@ -302,13 +205,13 @@ class EngineCore:
         self._live.adopt(
             room, [fork for fork, ending in wanted if ending is None and fork.choices[0] not in room.unwanted]
         )
-        self._is_stuck = False
+        self._stepper.wake()
 
     def cancel(self, request: RequestId, num_verified: int = 0) -> None:
         """Drops a reservation. Its first ``num_verified`` blocks are right: the full ones stay cached. May be
         repeated."""
         self._live.cancel(request, num_verified)
-        self._is_stuck = False
+        self._stepper.wake()
 
     # -- what it looks like from outside ----------------------------------------------------------------------------
 
@@ -350,7 +253,7 @@ class EngineCore:
         self._cache.clear()
 
     def is_idle(self) -> bool:
-        """Nothing is known, and every block is free."""
+        """Nothing is known, no step is under way, and every block is free."""
         return not self._live.known and self._cache.num_free == self._cache.num_blocks
 
     def check_integrity(self) -> None:

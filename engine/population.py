@@ -38,6 +38,8 @@ class Population:
         self.held: dict[RequestId, Held] = {}
         self.reserved: dict[RequestId, Reserved] = {}
         self.known: dict[RequestId, Known] = {}
+        # Over, but a step that was submitted still writes their blocks.
+        self.leaving: set[Running] = set()
         self._hasher = hasher
         self._block_size = hasher.block_size
 
@@ -84,6 +86,7 @@ class Population:
     def preempt(self, sequence: Running) -> None:
         """Back to waiting, ahead of new work, with its tokens and without its blocks."""
         assert not sequence.track.is_held, "a held prompt's blocks may be on their way already"
+        assert not sequence.num_in_flight, "its tokens are not all known"
         self._stop(sequence)
         self._wait(sequence.track, is_urgent=True)
 
@@ -111,8 +114,19 @@ class Population:
         self._stop(sequence)
         self._forget_sequence(sequence.track.id)
 
+    def land(self, sequence: Running, num_tokens: int) -> bool:
+        """A step that computed ``num_tokens`` of the sequence is done with its blocks. Whether it is still running."""
+        sequence.num_in_flight -= num_tokens
+        if sequence not in self.leaving:
+            return True
+        if sequence.num_in_flight == 0:
+            self.leaving.remove(sequence)
+            self.cache.release(sequence.blocks)
+        return False
+
     def fork(self, sequence: Running, tracks: Sequence[Track]) -> None:
         """A computed prompt's choices go on by themselves, sharing its blocks."""
+        assert not sequence.num_in_flight, "its blocks are being written"
         self.running.remove(sequence)
         self._branch(tracks, sequence.blocks, sequence.num_computed, [()] * len(tracks))
         self._forget_sequence(sequence.track.id)
@@ -125,6 +139,7 @@ class Population:
 
     def hold(self, sequence: Running) -> None:
         """The prompt is computed; its blocks stay until release()."""
+        assert not sequence.num_in_flight, "its blocks are being written"
         self.running.remove(sequence)
         request = sequence.track.id
         self.held[request] = Held(request, tuple(sequence.blocks))
@@ -182,7 +197,10 @@ class Population:
 
     def _stop(self, sequence: Running) -> None:
         self.running.remove(sequence)
-        self.cache.release(sequence.blocks)
+        if sequence.num_in_flight:
+            self.leaving.add(sequence)
+        else:
+            self.cache.release(sequence.blocks)
 
     def _branch(
         self, tracks: Sequence[Track], blocks: Sequence[BlockId], num_computed: int, growth: Sequence[Sequence[BlockId]]
@@ -211,7 +229,7 @@ class Population:
 
     def references(self) -> Iterable[BlockId]:
         """Every reference to a block that somebody has, with repetition."""
-        for sequence in self.running:
+        for sequence in (*self.running, *self.leaving):
             yield from sequence.blocks
         for held in self.held.values():
             yield from held.blocks
@@ -229,6 +247,7 @@ class Population:
             tokens = track.tokens(0, len(track))
             assert track.hashes == self._hasher.full_blocks(tokens, track.request.cache_salt)[: len(track.hashes)]
         assert counts == {request: known.num_sequences for request, known in self.known.items()}
+        assert all(sequence.num_in_flight > 0 and sequence not in self.running for sequence in self.leaving)
         for sequence in self.running:
             assert 0 <= sequence.num_computed < len(sequence.track)
             assert (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 
@@ -15,6 +16,16 @@ from engine.step_inputs import flatten
 from proto.errors import LocalFault
 
 
+@dataclass(frozen=True, slots=True)
+class Done:
+    """A step that is over."""
+
+    step_result: StepResult
+
+    def result(self) -> StepResult:
+        return self.step_result
+
+
 class Runner:
     """A model and its KV memory, as a function from batch to tokens."""
 
@@ -22,6 +33,10 @@ class Runner:
         self._model = model
         self._kv = kv
         self._facts = facts
+
+    def submit(self, batch: StepBatch) -> Done:
+        """Computes the batch at once: no step runs while another one is prepared."""
+        return Done(self.run(batch))
 
     def run(self, batch: StepBatch) -> StepResult:
         """One tuple per row, with one ``Sampled`` per sample of that row, in the batch's order.

@@ -203,19 +203,19 @@ class _Step:
         return num_tokens
 
     def _blocks_needed(self, sequence: Running, num_tokens: int) -> int:
-        stop = sequence.num_computed + num_tokens
+        stop = sequence.num_scheduled + num_tokens
         copies = self._writes_shared_block(sequence)
         return max(0, num_blocks_for(stop, self._limits.block_size) + copies - len(sequence.blocks))
 
     def _writes_shared_block(self, sequence: Running) -> bool:
-        index, offset = divmod(sequence.num_computed, self._limits.block_size)
+        index, offset = divmod(sequence.num_scheduled, self._limits.block_size)
         return offset > 0 and self._ledger.num_refs(sequence.blocks[index]) > 1
 
     def _continue(self, sequence: Running, num_tokens: int, num_new_blocks: int) -> None:
         copies = self._writes_shared_block(sequence)
         self._ledger.take(num_new_blocks)
         if copies:
-            self._ledger.drop([sequence.blocks[sequence.num_computed // self._limits.block_size]])
+            self._ledger.drop([sequence.blocks[sequence.num_scheduled // self._limits.block_size]])
         self.chunks.append(Chunk(sequence, num_tokens, num_new_blocks, copies))
 
     def _hashes_in_flight(self) -> set[BlockHash]:

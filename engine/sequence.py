@@ -95,9 +95,9 @@ class Track:
         self.choices = tuple(other for other in self.choices if other != choice)
         return False
 
-    def sample_specs(self) -> tuple[SampleSpec, ...]:
-        """What to draw after the last token, per choice."""
-        position = len(self.output)
+    def sample_specs(self, num_unknown: int = 0) -> tuple[SampleSpec, ...]:
+        """What to draw after the last token and ``num_unknown`` more, which are being computed, per choice."""
+        position = len(self.output) + num_unknown
         request = self.request
         return tuple(
             SampleSpec(
@@ -140,7 +140,11 @@ class Running:
 
     A partial last block may be shared between forked choices; whoever writes to it first takes a copy. Blocks beyond
     the tokens' end are the sequence's own. ``num_cached`` counts the leading blocks already offered to the prefix
-    cache, ``num_announced`` those already announced in a ``Filled``.
+    cache, ``num_announced`` those already announced in a ``Filled``; ``num_in_flight`` the tokens that submitted steps
+    compute.
+
+    running ahead:  [0 ...... num_computed) [num_computed .. num_scheduled) [num_scheduled]
+                     in KV                   in flight                       is unknown until those have landed
     """
 
     track: Track
@@ -148,6 +152,16 @@ class Running:
     num_computed: int
     num_cached: int = 0
     num_announced: int = 0
+    num_in_flight: int = 0
+
+    @property
+    def num_scheduled(self) -> int:
+        return self.num_computed + self.num_in_flight
+
+    @property
+    def ends_by_length(self) -> bool:
+        """Whether the token that is being computed is the choice's last, whichever it is."""
+        return self.num_in_flight > 0 and len(self.track.output) + 1 >= self.track.rules.max_output
 
     @property
     def num_remaining(self) -> int:

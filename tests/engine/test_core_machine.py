@@ -1,12 +1,12 @@
 """Two engines, a prefill and a decode one, driven at random. Every token must be the oracle's, whatever happens.
 
 The engines are tiny, so that blocks run out, and prompts come from a small tree of prefixes, so that they share blocks.
-Integrity is recomputed after every operation, and at the end everything drains.
+Some schedule a step while the one before is computed, on a runner that computes at once or as late as it can. Integrity
+is recomputed after every operation, and at the end everything drains.
 """
 
 from __future__ import annotations
 
-import contextlib
 from dataclasses import dataclass, field, replace
 
 from hypothesis import HealthCheck, settings
@@ -56,10 +56,16 @@ forms = st.builds(
 )
 
 
+class Injected(Exception):
+    """A failure of the runner: of the step that is asked for, or of the one that runs ahead of it."""
+
+
 class Engine:
     """A core on a fake memory. ``announced`` is what holders of a held prompt's blocks were promised."""
 
-    def __init__(self, num_blocks: int, budget: int, threshold: int, policy: str, cached: bool, chunked: bool) -> None:
+    def __init__(
+        self, num_blocks: int, budget: int, threshold: int, policy: str, cached: bool, chunked: bool, pace: str
+    ) -> None:
         self.facts = make_facts(
             num_blocks=num_blocks,
             max_model_len=30,
@@ -69,7 +75,7 @@ class Engine:
         )
         self.memory = FakeMemory(self.facts)
         self.hasher = BlockHasher("fake", self.facts.block_size)
-        self.runner = FakeRunner(self.memory, self.facts)
+        self.runner = FakeRunner(self.memory, self.facts, is_late=pace == "ahead of a late device")
         self.core = EngineCore(
             self.runner,
             self.memory,
@@ -78,6 +84,7 @@ class Engine:
             enable_prefix_caching=cached,
             enable_chunked_prefill=chunked,
             policy=policy,
+            runs_ahead=pace != "one by one",
         )
         self.announced: dict[RequestId, dict[BlockId, list[int]]] = {}
         self.inventory: set[BlockHash] = set()
@@ -141,11 +148,14 @@ class CoreMachine(RuleBasedStateMachine):
         policy=st.sampled_from(["fcfs", "priority"]),
         cached=st.sampled_from([True, True, True, False]),
         chunked=st.sampled_from([True, True, False]),
+        pace=st.sampled_from(
+            ["one by one", "ahead of a late device", "ahead of a late device", "ahead of a quick one"]
+        ),
     )
     def start(
-        self, blocks: tuple[int, int], budget: int, threshold: int, policy: str, cached: bool, chunked: bool
+        self, blocks: tuple[int, int], budget: int, threshold: int, policy: str, cached: bool, chunked: bool, pace: str
     ) -> None:
-        self.engines = [Engine(n, budget, threshold, policy, cached, chunked) for n in blocks]
+        self.engines = [Engine(n, budget, threshold, policy, cached, chunked, pace) for n in blocks]
         self.prefill, self.decode = self.engines
 
     # -- what tiers do ----------------------------------------------------------------------------------------------
@@ -213,24 +223,36 @@ class CoreMachine(RuleBasedStateMachine):
         seen = [tuple(t.token for t in oracle(whole, choice, self.decode.facts)[: sent[choice]]) for choice in range(n)]
         self._add(self.decode, replace(whole, forced=tuple(seen)), hold=False)
 
-    @rule(on_prefill=st.booleans(), times=st.integers(1, 6), fails=st.sampled_from([-1, -1, 0, 1, 2]))
-    def step(self, on_prefill: bool, times: int, fails: int) -> None:
+    @rule(
+        on_prefill=st.booleans(),
+        times=st.integers(1, 6),
+        fails=st.sampled_from([-1, -1, 0, 1, 2]),
+        is_late=st.booleans(),
+    )
+    def step(self, on_prefill: bool, times: int, fails: int, is_late: bool) -> None:
         """Some steps. The runner may fail in one of them, after which all is tried again."""
         engine = self.prefill if on_prefill else self.decode
+        failures = engine.runner.late_failures if is_late else engine.runner.failures
         for index in range(times):
             if index == fails:
-                engine.runner.failures.append(RuntimeError("injected"))
-                with contextlib.suppress(RuntimeError):
-                    self._step(engine)
-                engine.runner.failures.clear()
-                engine.check()
-            else:
-                self._step(engine)
+                failures.append(Injected())
+            self._step(engine)
+            failures.clear()
+
+    @rule(on_prefill=st.booleans())
+    def device_gets_on(self, on_prefill: bool) -> None:
+        """A step that is under way is computed before anybody asks for it."""
+        (self.prefill if on_prefill else self.decode).runner.run_next()
 
     def _step(self, engine: Engine) -> None:
         if not engine.core.has_work():
             return
-        for token in engine.step().tokens:
+        try:
+            output = engine.step()
+        except Injected:
+            engine.check()
+            return
+        for token in output.tokens:
             expected = self.expected[engine, token.request]
             assert token == expected.rest[token.choice].pop(0)
             if expected.is_hold:

@@ -8,7 +8,9 @@ table leads to, so a wrong table, a block given to two owners, a stale prefix ma
 from __future__ import annotations
 
 import hashlib
+from collections import deque
 from collections.abc import Sequence
+from dataclasses import replace
 
 from engine.batch import Row, Sampled, SampleSpec, StepBatch, StepResult
 from engine.facts import EngineFacts
@@ -21,6 +23,7 @@ EOS = 0
 STOP = 1
 ZERO = -1
 UNWRITTEN = -2
+GARBAGE = -3
 
 
 def make_facts(
@@ -139,33 +142,66 @@ class FakeMemory:
 
 
 class FakeRunner:
-    """Reads what each row attends to before any row writes, as rows of one forward pass may not rely on each other."""
+    """Reads what each row attends to before any row writes, as rows of one forward pass may not rely on each other.
 
-    def __init__(self, memory: FakeMemory, facts: EngineFacts) -> None:
+    ``is_late``: a batch runs when its result is asked for, or run_next() is called, as on a device that lags behind;
+    otherwise when it is submitted. One that fails leaves ``GARBAGE`` to those that follow its draws.
+    """
+
+    def __init__(self, memory: FakeMemory, facts: EngineFacts, *, is_late: bool = False) -> None:
         self.memory = memory
         self.facts = facts
+        self.is_late = is_late
         self.batches: list[StepBatch] = []
         self.failures: list[BaseException] = []
+        self.late_failures: list[BaseException] = []
         self.on_run = lambda: None
+        self._queue: deque[FakeStep] = deque()
+        self._draws: list[int] = []
 
-    def run(self, batch: StepBatch) -> StepResult:
+    def submit(self, batch: StepBatch) -> FakeStep:
         self.batches.append(batch)
         self.on_run()
         if self.failures:
             raise self.failures.pop()
         assert 0 < batch.num_tokens <= self.facts.max_num_batched_tokens
         assert len(batch.rows) <= self.facts.max_num_seqs
-        cells = self.memory.cells
+        assert all(row.start + len(row.tokens) < self.facts.max_model_len for row in batch.rows)
         assert len({copy for _, copy in batch.copies}) == len(batch.copies)
-        for source, copy in batch.copies:
+        step = FakeStep(self, batch)
+        self._queue.append(step)
+        if not self.is_late:
+            self.run_next()
+        return step
+
+    def run_next(self) -> None:
+        """The device gets on by one batch, if there is any."""
+        if self._queue:
+            step = self._queue.popleft()
+            if self.late_failures:
+                step.error = self.late_failures.pop()
+                self._draws = [GARBAGE] * sum(len(row.samples) for row in step.batch.rows)
+                return
+            step.sampled = self._compute(step)
+            self._draws = [sampled.token for row in step.sampled for sampled in row]
+
+    def _compute(self, step: FakeStep) -> StepResult:
+        cells = self.memory.cells
+        for source, copy in step.batch.copies:
             cells[copy][:] = cells[source]
-        pasts = [self.memory.read(row.block_table, row.start) for row in batch.rows]
+        rows = [
+            row if row.follows is None else replace(row, tokens=(self._draws[row.follows],)) for row in step.batch.rows
+        ]
+        pasts = [self.memory.read(row.block_table, row.start) for row in rows]
         written: set[tuple[int, int]] = set()
-        for row in batch.rows:
+        for row in rows:
             self._write(row, written)
         return tuple(
-            tuple(self._sample([*past, *row.tokens], spec) for spec in row.samples)
-            for past, row in zip(pasts, batch.rows, strict=True)
+            tuple(
+                self._sample([*past, *row.tokens], spec, num_output)
+                for spec, num_output in zip(row.samples, num_outputs, strict=True)
+            )
+            for past, row, num_outputs in zip(pasts, rows, step.num_outputs, strict=True)
         )
 
     def _write(self, row: Row, written: set[tuple[int, int]]) -> None:
@@ -177,7 +213,28 @@ class FakeRunner:
             written.add(cell)
             self.memory.cells[cell[0]][cell[1]] = token
 
-    def _sample(self, history: list[int], spec: SampleSpec) -> Sampled:
-        assert len(history) == len(spec.prompt) + len(spec.output)
-        assert spec.position == len(spec.output)
+    def _sample(self, history: list[int], spec: SampleSpec, num_output: int) -> Sampled:
+        assert len(history) == len(spec.prompt) + num_output
+        assert spec.position == num_output
         return Sampled(next_token(history, spec.seed, spec.position, spec.suppressed))
+
+
+class FakeStep:
+    """A batch that was submitted. ``num_outputs``: tokens that each choice had by then, the one it follows included."""
+
+    def __init__(self, runner: FakeRunner, batch: StepBatch) -> None:
+        self.batch = batch
+        self.num_outputs = [
+            [len(spec.output) + (row.follows is not None) for spec in row.samples] for row in batch.rows
+        ]
+        self.sampled: StepResult | None = None
+        self.error: BaseException | None = None
+        self._runner = runner
+
+    def result(self) -> StepResult:
+        while self.sampled is None and self.error is None:
+            self._runner.run_next()
+        if self.sampled is None:
+            assert self.error is not None
+            raise self.error
+        return self.sampled
