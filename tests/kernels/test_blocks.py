@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -23,6 +26,7 @@ if os.environ.get("TRITON_INTERPRET") == "1" or torch.cuda.is_available():
 else:
     TWINS = (reference,)
 
+ROOT = Path(__file__).parents[2]
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 Sum = Callable[[Tensor, Tensor, Tensor], Tensor]
 Copy = Callable[[Tensor, Tensor, Tensor, Tensor], None]
@@ -113,3 +117,28 @@ def test_memory_may_have_gaps_between_its_rows(copy_blocks: Copy) -> None:
 def test_words_are_for_blocks_of_whole_ones() -> None:
     if len(TWINS) == 2:
         assert [compiled.takes(size) for size in (8, 4096, 12, 4)] == [True, True, False, False]
+
+
+COMPILE = """
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from kernels.triton import block_kernels as programs
+
+WORDS = ("source", "target", "source_rows", "target_rows", "blocks", "rows", "key", "partials")
+for program, sizes in ((programs.copy, {"TILE": 2048}), (programs.sum_tiles, {"TILE": 2048, "ROWS": 8})):
+    kinds = {name: "*i64" if name in WORDS else "i32" for name in program.arg_names}
+    signature = kinds | dict.fromkeys(sizes, "constexpr")
+    divisible = {(i,): [["tt.divisibility", 16]] for i, name in enumerate(program.arg_names) if name not in sizes}
+    source = ASTSource(fn=program, signature=signature, constexprs=sizes, attrs=divisible)
+    ptx = triton.compile(source, target=GPUTarget("cuda", 90, 32)).asm["ptx"]
+    print("ld.global.v2.b64" in ptx)
+"""
+
+
+@pytest.mark.skipif(len(TWINS) == 1, reason="there is no Triton here")
+def test_programs_compile_for_a_gpu_and_read_16_bytes_at_a_time(tmp_path: Path) -> None:
+    """No GPU is needed to compile for one; the interpreter takes more than the compiler does."""
+    environ = {**os.environ, "TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", COMPILE], env=environ, capture_output=True, text=True, check=False)
+    assert (done.stdout.split(), done.stderr) == (["True", "True"], "")
