@@ -43,20 +43,26 @@ class Batch:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """``rows`` per step. Passages around code words grow from step 0 on and are longest at ``long_from``."""
+    """``rows`` per step. Passages around code words grow from step 0 on and are longest at ``late_from``, when the
+    second of the stages of the skills' shares begins; the last one begins at ``refined_from``."""
 
     seed: int
     rows: int
-    long_from: int
+    late_from: int
+    refined_from: int
     context: int
+
+    def stage(self, step: int) -> int:
+        return int(step >= self.late_from) + int(step >= self.refined_from)
 
 
 def make_step(tokenizer: Tokenizer, renderer: Renderer, plan: Plan, step: int) -> list[Batch]:
     """The batches of one step; a function of the plan and the step alone."""
     random = Random(plan.seed * 1_000_003 + step)
-    ripeness = min(1.0, step / plan.long_from)
+    ripeness = min(1.0, step / plan.late_from)
     longest = round(_SHORT_PASSAGE * (_LONG_PASSAGE / _SHORT_PASSAGE) ** ripeness)
-    drawn = list(islice(samples(random.getrandbits(48), longest_passage=longest), plan.rows))
+    stream = samples(random.getrandbits(48), longest_passage=longest, stage=plan.stage(step))
+    drawn = list(islice(stream, plan.rows))
     rows = [row for row in encode(tokenizer, [renderer(s) for s in drawn], drawn) if len(row.tokens) <= plan.context]
     return [_batch(group, height, length, random, plan.context) for group, height, length in _groups(rows)]
 

@@ -31,7 +31,12 @@ SKILLS: tuple[Skill, ...] = (
     _MANNERS,
     _HONESTY,
 )
-_SHARES = (18, 8, 16, 13, 12, 8, 10, 4, 9)
+_SHARES = (
+    (18, 8, 16, 13, 12, 8, 10, 4, 9),
+    (18, 3, 18, 24, 9, 6, 14, 2, 8),
+    (12, 3, 13, 42, 12, 6, 6, 2, 4),
+)
+"""Per stage: what is learnt soon gives way to what takes longer."""
 _SYSTEM = (
     "You are a helpful assistant.",
     "You are a helpful assistant. Answer briefly.",
@@ -40,12 +45,13 @@ _SYSTEM = (
 )
 
 
-def samples(seed: int, *, longest_passage: int) -> Iterator[Sample]:
+def samples(seed: int, *, longest_passage: int, stage: int = 0) -> Iterator[Sample]:
     """Training samples without end, the same for the same seed. ``longest_passage``: sentences around a code word."""
+    shares = _SHARES[stage]
     random = Random(seed)
     skills = [CodeWord(longest_passage) if isinstance(skill, CodeWord) else skill for skill in SKILLS]
     while True:
-        (skill,) = random.choices(skills, _SHARES)
+        (skill,) = random.choices(skills, shares)
         yield with_system(random, skill.make(random, held_out=False))
 
 

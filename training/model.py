@@ -174,7 +174,7 @@ class Network(nn.Module):
 def _angles(positions: Tensor, shape: Shape) -> tuple[Tensor, Tensor]:
     """Cosines and sines, float32 [rows, length, 1, head_dim]."""
     half = shape.head_dim // 2
-    rates = shape.rope_theta ** (-torch.arange(half, dtype=torch.float32) / half)
+    rates = shape.rope_theta ** (-torch.arange(half, dtype=torch.float32, device=positions.device) / half)
     angles = (positions.float()[..., None] * rates).repeat(1, 1, 2)[:, :, None]
     return angles.cos(), angles.sin()
 

@@ -1,7 +1,7 @@
 """Trains a network on the corpus. Seeded; resumable: what is needed to go on is saved every few minutes.
 
-The learning rate warms up, stays, and falls to nothing over the last part of the steps; so a run can be given more
-steps as long as the fall has not begun.
+The learning rate warms up, stays, and falls to nothing over the last part of the steps. Then, from a part of its
+height, it falls once more, while the samples are mostly of what has not been learnt by then.
 """
 
 from __future__ import annotations
@@ -24,21 +24,35 @@ from training.priming import prime
 from training.tokens import Renderer
 
 _WARM_UP_STEPS = 40
+_REFINE_RATE = 0.4
+"""Where the rates begin to fall for the second time."""
 _SAVE_EVERY_S = 60.0
 
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """``cool_down``: the part of the steps over which the learning rates fall. Rates: of matrices, of the rest."""
+    """``cool_down``: the part of the first ``steps`` over which the learning rates fall; ``refine_steps`` follow.
+
+    Rates: of matrices, of the rest.
+    """
 
     steps: int
+    refine_steps: int
     plan: Plan
     matrix_rate: float = 5e-3
     other_rate: float = 4e-3
     cool_down: float = 0.35
 
+    @property
+    def all_steps(self) -> int:
+        return self.steps + self.refine_steps
+
     def rate(self, step: int) -> float:
         """The share of the full learning rate at ``step``."""
+        if step >= self.steps:
+            return _REFINE_RATE * min(
+                (step - self.steps + 1) / _WARM_UP_STEPS, 1 - (step - self.steps) / self.refine_steps
+            )
         left = (self.steps - step) / (self.steps * self.cool_down)
         return min(1.0, (step + 1) / _WARM_UP_STEPS, max(left, 0.0))
 
@@ -73,7 +87,7 @@ class Trainer:
 
     def run(self, say: Callable[[str], None], *, until: int | None = None) -> None:
         """Goes on to the last step, or ``until``; saves at the end."""
-        last = min(until or self._recipe.steps, self._recipe.steps)
+        last = min(until or self._recipe.all_steps, self._recipe.all_steps)
         self._since = saved = started = time.monotonic()
         seen = steps = 0
         total = 0.0
@@ -90,7 +104,7 @@ class Trainer:
                 now = time.monotonic()
                 if self.step % 10 == 0:
                     rate = seen / (now - started)
-                    say(f"step {self.step}/{self._recipe.steps} loss {total / steps:.4f} {rate:.0f} tokens/s")
+                    say(f"step {self.step}/{self._recipe.all_steps} loss {total / steps:.4f} {rate:.0f} tokens/s")
                     started, seen, steps, total = now, 0, 0, 0.0
                 if now - saved > _SAVE_EVERY_S:
                     saved = now

@@ -35,8 +35,17 @@ def _people(random: Random) -> Json:
     return random.randint(2, 12)
 
 
+_ROOMS = """kitchen bedroom bathroom garage office cellar hall attic library nursery workshop pantry studio corridor
+lobby cloakroom""".split()
+
+
 def _room(random: Random) -> Json:
-    return random.choice(("kitchen", "bedroom", "bathroom", "garage", "office", "cellar"))
+    shape = random.random()
+    if shape < 0.4:
+        return random.choice(_ROOMS)
+    if shape < 0.7:
+        return f"{text.adjective(random)} {random.choice(_ROOMS)}"
+    return f"room {random.randint(1, 999)}" if shape < 0.85 else text.made_up_name(random)
 
 
 def _language(random: Random) -> Json:
@@ -125,7 +134,7 @@ class Tooling:
             return Sample(other.messages, tuple(schema for schema, _, _ in offered))
         wanted = random.randrange(len(tools))
         tool = tools[wanted]
-        if shape < 0.3:
+        if shape < 0.42:
             tool = random.choice([tool for tool in _TOOLS if tool not in tools])
         while True:
             values = [make(random) for _, make in tool.parameters]
