@@ -5,7 +5,7 @@
 # On a machine that reaches no container registry, BASE_IMAGE_SCRIPT names a program that makes the base images instead:
 #   $BASE_IMAGE_SCRIPT TAG [DEBIAN-PACKAGE...]
 # WHEELS: a folder of wheels that the images should install, such as torch's CPU build (copied to compose/wheels).
-# MODEL: the checkpoint to serve; without it, a small random one is made. PORT: the router's (default 8000).
+# MODEL: the checkpoint to serve, the built-in one if not given. PORT: the router's (default 8000).
 set -euo pipefail
 cd "$(dirname "$0")/.."
 export PORT=${PORT:-8000} TANDEM_SERVED_MODEL_NAME=smoke
@@ -60,15 +60,6 @@ if [ -n "${WHEELS:-}" ]; then
 fi
 say "building"
 compose build
-
-if [ -z "${MODEL:-}" ]; then
-    say "making a model"
-    export MODEL=$work/model
-    mkdir "$MODEL"
-    chmod 777 "$work" "$MODEL"
-    docker run --rm --volume "$MODEL:/out" --entrypoint python "tandem-worker:${TANDEM_VERSION:-local}" \
-        -c 'from pathlib import Path; from tandem.sample_model import write_sample_model as w; w(Path("/out"))'
-fi
 
 ask() { # a prompt too long for the decode worker to compute itself, so that blocks travel
     local prompt answer

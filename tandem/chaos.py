@@ -28,12 +28,12 @@ from proto.errors import SettingsError, Unavailable
 from proto.settings import LedgerSettings
 from service import logs
 from service.process import run_service
+from tandem.builtin_model import NOTICE, with_some_model
 from tandem.chaos_network import Network
 from tandem.local import ROUTER, LocalStack, Ready, StackSettings, print_line
 from tandem.machine import Machine, this_machine
 from tandem.options import SERVE, Resolved, build_parser, resolve
 from tandem.parser import Parser
-from tandem.sample_model import NOTICE, with_some_model
 from tandem.supervisor import ChildSpec, Say
 
 REDIS = "redis"
@@ -206,7 +206,7 @@ def main(argv: Sequence[str], environ: Mapping[str, str] = os.environ) -> int:
     """
     given = _parser().read(argv)
     resolved = resolve(SERVE, given, environ)
-    settings = stack_settings(resolved, environ)
+    settings = stack_settings(resolved)
     logs.setup(settings.log)
     service = Chaos(settings, this_machine(), chaos_settings(given), say=print_line, note=_note)
     status = run_service(service, drain_timeout=settings.stop_timeout_s)
@@ -216,12 +216,12 @@ def main(argv: Sequence[str], environ: Mapping[str, str] = os.environ) -> int:
     return status or (0 if service.report.is_clean else 1)
 
 
-def stack_settings(resolved: Resolved, environ: Mapping[str, str]) -> StackSettings:
+def stack_settings(resolved: Resolved) -> StackSettings:
     """Two workers of each tier, float32, all prompts handed over, no secrets: where nothing else is said."""
     wanted = resolved.engine()
     if wanted.model.model is None:
         _note(NOTICE)
-    engine = with_some_model(wanted, environ)
+    engine = with_some_model(wanted)
     if "model.dtype" not in resolved.given:
         engine = replace(engine, model=replace(engine.model, dtype="float32"))
     settings = StackSettings.of(resolved, engine)

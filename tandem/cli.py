@@ -103,9 +103,9 @@ def _serve(argv: Sequence[str]) -> int:
         return 0
     from service import logs
     from service.process import run_service
+    from tandem.builtin_model import NOTICE, with_some_model
     from tandem.local import LocalStack, StackSettings, print_line
     from tandem.machine import this_machine
-    from tandem.sample_model import NOTICE, with_some_model
 
     wanted = resolved.engine()
     if wanted.model.model is None:

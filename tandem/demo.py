@@ -1,6 +1,7 @@
 """``make demo``: starts every tier on this machine, asks one question, and shows where its time went.
 
-The question is long enough to be computed by the prefill worker, so that its KV blocks travel to the decode worker.
+The question is long enough to be computed by the prefill worker, so that its KV blocks travel to the decode worker; and
+its answer, a code word, lies in one of the blocks in the middle.
 """
 
 from __future__ import annotations
@@ -15,21 +16,44 @@ from router.auth import read_keys
 from router.values import JsonObject
 from service import logs
 from service.process import run_service
+from tandem.builtin_model import NOTICE, with_some_model
 from tandem.client import Chunk, Client
 from tandem.local import LocalStack, Ready, StackSettings, print_line
 from tandem.machine import this_machine
 from tandem.options import SERVE, build_parser, resolve
-from tandem.sample_model import NOTICE, with_some_model
 
+CODE_WORD = "Krolina"
 QUESTION = """\
-You are one of two workers that serve a language model together. The first one reads the whole question at \
-once: every token of it goes through every layer, which keeps the arithmetic units busy, and what each layer \
-remembers of each token is written down as keys and values, block after block. The second one writes the \
-answer, one token at a time: each new token looks back at all those keys and values, which keeps the memory \
-busy, and the arithmetic units wait. Done by one worker, the long reading of one question stalls the writing \
-of every other answer. Done by two, each does what it is good at, and the blocks travel from the first to the \
-second while the reading still goes on. Tell me, in your own words, what happens to this very question between \
-my keyboard and your answer, and who of you two is speaking now."""
+Read this text and then tell me the code word.
+The quiet sailor forgot the garden near the library. A ladder stood in the valley and the child sold it in the \
+morning. Karin opened the cold barrel every summer. Farid followed the small letter in the morning. A map stood in \
+the field and the farmer closed it on a rainy day. In the field there was a narrow garden. Leon repaired the heavy \
+basket before sunset. A garden stood in the forest and the soldier followed it every summer. Marco watched the \
+simple clock long ago. A bell stood in the castle and the farmer covered it without a word. On a rainy day the \
+shepherd moved a simple barrel. Without a word the doctor closed a dusty barrel. Zoe bought the simple map every \
+summer. Marco moved the simple coat at night. A garden stood in the field and the miller sold it last winter. In the \
+village there was a wooden barrel. Kofi followed the warm candle at night. In the island there was a bright lantern. \
+A basket stood in the field and the clerk repaired it after lunch. The young doctor sold the blanket near the \
+mountain. The narrow teacher covered the ladder near the river. The code word is Krolina. In the morning the \
+gardener closed a young letter. A bottle stood in the forest and the child bought it in the morning. The tired \
+sailor carried the letter near the library. The bright doctor watched the garden near the library. Long ago the \
+shepherd carried a cold bell. The heavy teacher carried the basket near the castle. Hugo painted the broken coat in \
+the morning. A map stood in the island and the widow sold it in the morning. A wagon stood in the church and the \
+merchant moved it before sunset. In the river there was a quiet mirror. The bold painter lifted the window near the \
+island. Clara cleaned the narrow mirror before sunset. A ladder stood in the village and the merchant opened it in \
+the morning. Irene bought the young ladder in the morning. Before sunset the teacher found a simple blanket. Carla \
+repaired the heavy map after lunch. A lantern stood in the valley and the child sold it for the first time. A ladder \
+stood in the mountain and the gardener painted it long ago. The happy baker opened the clock near the forest. The \
+narrow shepherd found the blanket near the market. The bold teacher lifted the blanket near the market. In the \
+morning the soldier bought a simple map. A rope stood in the mountain and the gardener repaired it at night. In the \
+station there was a narrow basket. Oscar carried the warm barrel for the first time. After lunch the traveller \
+lifted a dusty bottle. The narrow miller found the bottle near the village. A candle stood in the harbour and the \
+clerk bought it on a rainy day. The tired doctor repaired the basket near the kitchen. In the harbour there was a \
+warm coat. In the river there was a quiet basket. A basket stood in the castle and the doctor closed it after lunch. \
+Without a word the child found a bright wagon. In the forest there was a bright wagon. The small sailor found the \
+lantern near the valley. A wagon stood in the river and the shepherd found it in the morning. Hanna lifted the young \
+coat last winter.
+What is the code word?"""
 _MAX_TOKENS = 120
 _ONCE = "TANDEM_DEMO_ONCE"
 
@@ -124,7 +148,7 @@ def main(argv: Sequence[str] = (), environ: Mapping[str, str] = os.environ) -> i
     wanted = resolved.engine()
     if wanted.model.model is None:
         print(NOTICE, file=sys.stderr)
-    settings = StackSettings.of(resolved, with_some_model(wanted, environ))
+    settings = StackSettings.of(resolved, with_some_model(wanted))
     logs.setup(settings.log)
     return run_service(Demo(settings, once=bool(environ.get(_ONCE))), drain_timeout=settings.stop_timeout_s)
 

@@ -27,9 +27,9 @@ from router.openai.schema import read_conversation
 from router.tokenizer import ServedModel
 from router.validate import Fields
 from router.values import Json, JsonObject
+from tandem.builtin_model import with_some_model
 from tandem.options import OFFLINE, from_keywords
 from tandem.outputs import CompletionOutput, Logprob, RequestOutput
-from tandem.sample_model import with_some_model
 
 log = logging.getLogger(__name__)
 
@@ -49,7 +49,7 @@ TextAndIds = tuple[str | None, tuple[int, ...]]
 class LLM:
     """A model in this process. ``close`` (or leaving a ``with`` block) frees its memory.
 
-    ``model`` is a folder or hub name; without one, a tiny random model that answers noise. Keyword arguments are the
+    ``model`` is a folder or hub name; without one, the small one that is built in. Keyword arguments are the
     settings of ``tandem serve`` (``max_model_len=4096``, ``dtype="bfloat16"``, ``seed=1``, ...); unknown ones raise
     SettingsError, and what does not load raises another SetupError.
     """

@@ -64,11 +64,11 @@ def resolved(*argv: str, **environ: str) -> object:
 
 
 def test_the_stack_is_two_of_each_in_float32_unless_told_otherwise(checkpoint: Path) -> None:
-    settings = stack_settings(resolved(str(checkpoint)), {})  # type: ignore[arg-type]
+    settings = stack_settings(resolved(str(checkpoint)))  # type: ignore[arg-type]
     assert (settings.local.prefill, settings.local.decode) == (2, 2)
     assert settings.engine.model.dtype == "float32"
     assert settings.router.disagg_threshold == 0
-    told = stack_settings(resolved(str(checkpoint), "--decode=3", "--dtype=bfloat16", "--disagg-threshold=64"), {})  # type: ignore[arg-type]
+    told = stack_settings(resolved(str(checkpoint), "--decode=3", "--dtype=bfloat16", "--disagg-threshold=64"))  # type: ignore[arg-type]
     assert (told.local.prefill, told.local.decode, told.engine.model.dtype) == (2, 3, "bfloat16")
     assert told.router.disagg_threshold == 64
 
@@ -76,7 +76,7 @@ def test_the_stack_is_two_of_each_in_float32_unless_told_otherwise(checkpoint: P
 @pytest.mark.parametrize("flag", ["--api-key=k", "--redis=redis://elsewhere"])
 def test_a_stack_that_is_not_private_is_refused(checkpoint: Path, flag: str) -> None:
     with pytest.raises(SettingsError, match="private"):
-        stack_settings(resolved(str(checkpoint), flag), {})  # type: ignore[arg-type]
+        stack_settings(resolved(str(checkpoint), flag))  # type: ignore[arg-type]
 
 
 def test_flags_become_settings() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from proto.settings import RouterSettings
 from tandem.client import Chunk
-from tandem.demo import QUESTION, account
+from tandem.demo import CODE_WORD, QUESTION, account
 
 
 def test_stages_are_listed_in_the_order_they_happen() -> None:
@@ -33,4 +33,5 @@ def test_nothing_known_is_said_as_nothing() -> None:
 
 def test_the_question_is_long_enough_to_be_handed_over() -> None:
     words = len(QUESTION.split())
+    assert CODE_WORD in QUESTION
     assert words > 2 * RouterSettings().disagg_threshold, "even where every word is one token"

@@ -228,9 +228,8 @@ def test_a_closed_llm_says_so(folder: Path) -> None:
         llm.generate("Once", GREEDY)
 
 
-def test_without_a_model_it_answers_noise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("TANDEM_CACHE", str(tmp_path))
+def test_without_a_model_the_built_in_one_answers() -> None:
     with LLM(**SMALL) as llm:
-        (output,) = llm.generate("Hello", GREEDY)
-    assert llm.get_tokenizer().name == "tandem-sample"
-    assert len(output.outputs[0].text) == 8
+        (output,) = llm.chat([{"role": "user", "content": "Hello"}], SamplingParams(temperature=0, max_tokens=20))
+    assert llm.get_tokenizer().name == "tandem-builtin"
+    assert output.outputs[0].text == "Hello! How can I help you?"

@@ -14,11 +14,11 @@ from pathlib import Path
 import pytest
 
 from router.values import JsonObject
+from tandem.builtin_model import FOLDER
 from tandem.client import Chunk, Client
 from tandem.local import LocalStack, Ready, StackSettings
 from tandem.machine import Machine
 from tandem.options import SERVE, build_parser, resolve
-from tandem.sample_model import sample_model
 
 PROMPT = "A question that is long enough to be computed by the prefill worker. " * 8
 
@@ -26,9 +26,17 @@ PROMPT = "A question that is long enough to be computed by the prefill worker. "
 class Running:
     """A stack that is up, with everything its children said."""
 
-    def __init__(self, model: Path, *argv: str) -> None:
+    def __init__(self, *argv: str) -> None:
         given = build_parser(SERVE, "tandem serve", "").read(
-            [str(model), "--device=cpu", "--port=0", "--host=127.0.0.1", "--num-gpu-blocks-override=512", *argv]
+            [
+                str(FOLDER),
+                "--dtype=float32",
+                "--device=cpu",
+                "--port=0",
+                "--host=127.0.0.1",
+                "--num-gpu-blocks-override=512",
+                *argv,
+            ]
         )
         resolved = resolve(SERVE, given, {})
         self.lines: list[tuple[str, str]] = []
@@ -58,11 +66,6 @@ class Running:
         await self.stack.stop()
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return sample_model(tmp_path_factory.mktemp("cache"))
-
-
 async def stream(client: Client, **more: int | str) -> AsyncIterator[Chunk]:
     body: JsonObject = {
         "model": str(await client.first_model()),
@@ -83,8 +86,8 @@ def text_of(chunks: list[Chunk]) -> str:
     return "".join(chunk.text for chunk in chunks)
 
 
-async def test_a_prompt_is_handed_over_and_a_killed_worker_comes_back(model: Path) -> None:
-    running = Running(model, "--decode=2")
+async def test_a_prompt_is_handed_over_and_a_killed_worker_comes_back() -> None:
+    running = Running("--decode=2")
     async with running as ready, Client(ready.url) as client:
         assert [record.worker for record in ready.workers] == ["prefill-0", "decode-0", "decode-1"]
         first = await ask(client)
@@ -114,9 +117,9 @@ async def test_a_prompt_is_handed_over_and_a_killed_worker_comes_back(model: Pat
     assert [child.pid for child in running.stack.supervisor.children] == [None] * 4
 
 
-async def test_the_command_serves_until_ctrl_c_and_shows_no_secret(model: Path) -> None:
+async def test_the_command_serves_until_ctrl_c_and_shows_no_secret() -> None:
     """With no prefill worker, too: the decode worker does it all."""
-    argv = ["serve", str(model), "--prefill=0", "--device=cpu", "--port=0", "--host=127.0.0.1"]
+    argv = ["serve", "--prefill=0", "--device=cpu", "--port=0", "--host=127.0.0.1"]
     environ = {**os.environ, "VLLM_API_KEY": "hush", "TANDEM_NUM_GPU_BLOCKS_OVERRIDE": "512"}
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, "-m", "tandem", *argv), env=environ, stdout=PIPE, stderr=PIPE, start_new_session=True
