@@ -32,6 +32,8 @@ from proto.settings import EngineSettings
 
 log = logging.getLogger(__name__)
 
+_WARM_UP_TOKENS = (64, 32, 256)
+
 
 @dataclass(frozen=True, slots=True)
 class EngineParts:
@@ -171,13 +173,15 @@ def _available(
 def _warm_up(runner: Runner, kv: KvMemory, facts: EngineFacts) -> None:
     """One chunk and one decode step, so that libraries choose and compile their kernels before the first request.
 
-    On a GPU again at the end of the longest context: there several programs share a row's keys, by other kernels.
+    On a GPU with as many tokens as products have kernels of their own for, and again at the end of the longest context:
+    there several programs share a row's keys, by other kernels.
     """
     longest = min(facts.max_model_len, facts.num_kv_tokens)
-    num_tokens = min(64, facts.max_num_batched_tokens, longest)
+    sizes = [min(size, facts.max_num_batched_tokens, longest) for size in _WARM_UP_TOKENS]
+    chunks = [(sizes[0], sizes[0])] if facts.device == "cpu" else [*zip(sizes, sizes, strict=True), (sizes[0], longest)]
     params = SamplingParams(seed=0, temperature=1.0, top_p=0.9)
     samples = (SampleSpec(choice=0, seed=0, position=0, params=params, prompt=(), output=()),)
-    for end in (num_tokens,) if facts.device == "cpu" else (num_tokens, longest):
+    for num_tokens, end in chunks:
         start, blocks = end - num_tokens, range(-(-end // facts.block_size))
         runner.run(StepBatch((Row([0] * num_tokens, start, blocks, samples),)))
         runner.run(StepBatch((Row([0], end - 1, blocks, samples),)))
