@@ -5,7 +5,9 @@ What belongs to GPUs is loaded only where it is asked for and there may be one.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import logging
+from collections.abc import Callable, Sequence
+from typing import TypeVar
 
 from kvtransfer.transport import BlockStore
 from kvtransfer.transports import AUTO, CUDA_IPC, GRPC, MEMORY, NCCL, SHM, InlineReader, PayloadReader
@@ -14,6 +16,9 @@ from proto.errors import SettingsError
 from proto.handoff import TransportOffer
 from proto.ids import Epoch
 from service.rpc import TlsFiles
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 BEST_FIRST = (SHM, CUDA_IPC, NCCL, GRPC)
 OF_AUTO = (SHM, CUDA_IPC, GRPC)
@@ -44,22 +49,45 @@ def transport_offers(names: Sequence[str], store: BlockStore, *, address: str = 
 
     Raises SettingsError where none of what is allowed works with its memory.
     """
-    offers = [offer for name in allowed_names(names) if (offer := _offer(name, store, address)) is not None]
-    if not offers:
-        raise SettingsError(f"transports {', '.join(names)}: this worker's memory cannot be shared so; allow {GRPC}")
-    return tuple(offers)
+    return _those_that_work(names, lambda name: _offer(name, store, address))
 
 
-def _offer(name: str, store: BlockStore, address: str) -> TransportOffer | None:
-    """None where it does not work with this memory."""
+def payload_readers(names: Sequence[str], epoch: Epoch, tls: TlsFiles | None = None) -> tuple[PayloadReader, ...]:
+    """What a decode worker of ``epoch`` can use; to be closed when it stops.
+
+    Raises SettingsError where none of what is allowed works here.
+    """
+    return _those_that_work(names, lambda name: _reader(name, epoch, tls))
+
+
+class _Unusable(Exception):
+    """This way does not work here; the message says why."""
+
+
+def _those_that_work(names: Sequence[str], make: Callable[[str], T]) -> tuple[T, ...]:
+    made, reasons = [], []
+    for name in allowed_names(names):
+        try:
+            made.append(make(name))
+        except _Unusable as reason:
+            log.debug("transport %s is not used: %s", name, reason)
+            reasons.append(f"{name}: {reason}")
+    if not made:
+        raise SettingsError(f"No allowed transport works here ({'; '.join(reasons)}); allow {GRPC}, which always does.")
+    return tuple(made)
+
+
+def _offer(name: str, store: BlockStore, address: str) -> TransportOffer:
     if name == SHM:
         export = store.export()
-        return None if export is None else shm_offer(export)
+        if export is None:
+            raise _Unusable("this worker's memory is not a file")
+        return shm_offer(export)
     if name not in (CUDA_IPC, NCCL):
         return TransportOffer(name)
     device = store.on_device()
     if device is None:
-        return None
+        raise _Unusable("this worker's memory is not a GPU's")
     if name == NCCL:
         from kvtransfer.transports.nccl import nccl_offer
 
@@ -69,24 +97,11 @@ def _offer(name: str, store: BlockStore, address: str) -> TransportOffer | None:
 
     try:
         return cuda_ipc_offer(CudaDriver(), device)
-    except IpcUnavailable:
-        return None
+    except IpcUnavailable as reason:
+        raise _Unusable(str(reason)) from reason
 
 
-def payload_readers(names: Sequence[str], epoch: Epoch, tls: TlsFiles | None = None) -> tuple[PayloadReader, ...]:
-    """What a decode worker of ``epoch`` can use; to be closed when it stops.
-
-    Raises SettingsError where none of what is allowed works here.
-    """
-    found = (_reader(name, epoch, tls) for name in allowed_names(names))
-    readers = tuple(reader for reader in found if reader is not None)
-    if not readers:
-        raise SettingsError(f"transports {', '.join(names)}: there is no CUDA driver here; allow {GRPC}")
-    return readers
-
-
-def _reader(name: str, epoch: Epoch, tls: TlsFiles | None) -> PayloadReader | None:
-    """None where it works with no memory here."""
+def _reader(name: str, epoch: Epoch, tls: TlsFiles | None) -> PayloadReader:
     if name == SHM:
         return ShmReader()
     if name == NCCL:
@@ -100,5 +115,5 @@ def _reader(name: str, epoch: Epoch, tls: TlsFiles | None) -> PayloadReader | No
 
     try:
         return CudaIpcReader(CudaDriver())
-    except IpcUnavailable:
-        return None
+    except IpcUnavailable as reason:
+        raise _Unusable(str(reason)) from reason

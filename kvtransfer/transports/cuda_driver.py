@@ -63,8 +63,8 @@ class CudaDriver:
         with self._on(memory.device):
             base = self._base(address)
             token = _Token()
-            # Memory of torch's expandable segments, for one, is mapped piece by piece and has no such token.
-            self._check(self._cuda.cuIpcGetMemHandle(ctypes.byref(token), base), "share this memory")
+            wish = "share this memory (PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True makes some that cannot be)"
+            self._check(self._cuda.cuIpcGetMemHandle(ctypes.byref(token), base), wish)
         return SharedMemory(bytes(token.reserved), address - base)
 
     def open(self, shared: SharedMemory, num_bytes: int, near: Tensor) -> OpenedMemory:

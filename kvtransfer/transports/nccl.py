@@ -48,9 +48,9 @@ log = logging.getLogger(__name__)
 
 MAX_PAIRS = 8
 """Communicators of one process: each has a ring, and NCCL's own buffers."""
-JOIN_S = 20.0
+JOIN_S = 15.0
 """What making one may take, all in all."""
-AGAIN_S = 60.0
+AGAIN_S = 300.0
 """After a failure to make one, other ways are taken for so long."""
 
 
@@ -256,7 +256,7 @@ class _Peer:
             async with asyncio.timeout(JOIN_S):
                 ring = await self._make_ring(stream)
         except (TimeoutError, StreamClosed, RemoteProtocolError, RingBroken, RuntimeError) as error:
-            log.info("no communicator with the prefill worker at %s: %s", self.offer.address, error or "no answer")
+            log.warning("no communicator with the prefill worker at %s: %s", self.offer.address, error or "no answer")
             stream.end("no communicator")
             return None
         except BaseException:
