@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import mmap
 import os
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -97,10 +96,10 @@ class FakeDriver:
 
     def allocate(self, num_bytes: int) -> Tensor:
         """``num_bytes`` in the middle of an allocation, as torch might give them."""
-        file = tempfile.NamedTemporaryFile(prefix="device-", delete=False)  # noqa: SIM115 - lives as long as the process
-        os.ftruncate(file.fileno(), num_bytes + 512)
-        memory = torch.frombuffer(mmap.mmap(file.fileno(), 0), dtype=torch.uint8)[512:]
-        self._files[memory.data_ptr()] = file.name
+        fd = os.memfd_create("device")
+        os.ftruncate(fd, num_bytes + 512)
+        memory = torch.frombuffer(mmap.mmap(fd, 0), dtype=torch.uint8)[512:]
+        self._files[memory.data_ptr()] = f"/proc/{os.getpid()}/fd/{fd}"
         return memory
 
     def share(self, memory: Tensor) -> SharedMemory:
