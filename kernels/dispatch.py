@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from dataclasses import dataclass, replace
 from functools import partial
+from importlib.metadata import version
 
 import torch
 
@@ -118,7 +119,7 @@ def _triton(task: Task, target: Target, *, is_batch_invariant: bool = False) -> 
     linear = InvariantLinears(target).linear if is_batch_invariant else reference.linear
     products = TritonQuantised(target, task.dtype, linear, is_batch_invariant)
     return Kernels(
-        name="triton",
+        name=f"triton {version('triton')}",
         linear=linear,
         add_norm=fused.add_norm,
         rotate_and_write=fused.rotate_and_write,

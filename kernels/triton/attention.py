@@ -60,11 +60,13 @@ class TritonAttention:
         shape = (heads // kv.data.shape[4], head_dim, query.dtype, kv.scales is not None)
         num_rows, count = batch.positions.shape[0], batch.num_decode
         if self.is_batch_invariant:
-            launches = [_Launch(0, num_rows, 0, tokens, False, invariant_tiles(*shape))]
+            launches = [_Launch(0, num_rows, 0, tokens, False, invariant_tiles(*shape, self.target.is_roomy))]
         else:
             launches = [
                 _Launch(0, count, 0, count, True, decode_tiles(*shape)),
-                _Launch(count, num_rows - count, count, tokens - count, False, chunk_tiles(*shape)),
+                _Launch(
+                    count, num_rows - count, count, tokens - count, False, chunk_tiles(*shape, self.target.is_roomy)
+                ),
             ]
         for launch in launches:
             if launch.num_rows:
@@ -202,20 +204,23 @@ def decode_tiles(group: int, head_dim: int, dtype: torch.dtype, is_fp8: bool) ->
     return Tiles(rows, keys=128 if is_fp8 else 64, warps=4, stages=3)
 
 
-def chunk_tiles(group: int, head_dim: int, dtype: torch.dtype, is_fp8: bool) -> Tiles:
+def chunk_tiles(group: int, head_dim: int, dtype: torch.dtype, is_fp8: bool, is_roomy: bool) -> Tiles:
     """Each key is read once for many rows: large enough to keep the matrix units busy."""
     if dtype == torch.float32:
         return Tiles(_rows(16, group), keys=16, warps=4, stages=2)
     if head_dim > 128:
-        return Tiles(_rows(128, group), keys=32 if is_fp8 else 64, warps=8, stages=2)
+        wide = Tiles(_rows(128, group), keys=32 if is_fp8 else 64, warps=8, stages=2)
+        return wide if is_roomy else Tiles(_rows(64, group), keys=32, warps=4, stages=2)
     return Tiles(_rows(128, group), keys=64, warps=8, stages=3)
 
 
-def invariant_tiles(group: int, head_dim: int, dtype: torch.dtype, is_fp8: bool) -> Tiles:
+def invariant_tiles(group: int, head_dim: int, dtype: torch.dtype, is_fp8: bool, is_roomy: bool) -> Tiles:
     """One for decode rows and chunks alike."""
     if dtype == torch.float32:
         return Tiles(_rows(16, group), keys=16, warps=4, stages=2)
-    return Tiles(_rows(64, group), keys=64 if head_dim <= 128 else 32, warps=4, stages=3)
+    if head_dim > 128:
+        return Tiles(_rows(64, group), keys=32, warps=4, stages=3 if is_roomy else 2)
+    return Tiles(_rows(64, group), keys=64, warps=4, stages=3)
 
 
 def _rows(least: int, group: int) -> int:

@@ -17,15 +17,19 @@ from kernels.types import KernelsUnavailable
 MAX_HEAD_DIM = 256
 OLDEST = (8, 0)
 OLDEST_FP8 = (8, 9)
+SMALL = ((8, 6), (8, 9), (12, 0), (12, 1))
+"""Those with 99 KB of shared memory for a program; the others have 163 KB or more."""
 
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """``num_sms``: processors that run programs side by side. ``has_fp8``: they convert and multiply float8_e4m3fn."""
+    """``num_sms``: processors that run programs side by side. ``has_fp8``: they convert and multiply float8_e4m3fn.
+    ``is_roomy``: tiles for heads of 256 fit into their shared memory."""
 
     num_sms: int
     is_interpreted: bool
     has_fp8: bool = True
+    is_roomy: bool = True
 
 
 def find_target(device: torch.device) -> Target:
@@ -40,4 +44,9 @@ def find_target(device: torch.device) -> Target:
     capability = (properties.major, properties.minor)
     if capability < OLDEST:
         raise KernelsUnavailable(f"its kernels need compute capability 8.0, {properties.name} has {capability}")
-    return Target(properties.multi_processor_count, is_interpreted=False, has_fp8=capability >= OLDEST_FP8)
+    return Target(
+        properties.multi_processor_count,
+        is_interpreted=False,
+        has_fp8=capability >= OLDEST_FP8,
+        is_roomy=capability not in SMALL,
+    )

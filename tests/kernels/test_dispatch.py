@@ -46,7 +46,8 @@ def test_a_gpu_gets_triton(machine: Machine) -> None:
     machine.has_gpu(9, 0)
     task = Task(CUDA, torch.bfloat16, 128)
     kernels = choose(task)
-    assert (kernels.name, kernels.is_batch_invariant) == ("triton", False)
+    assert kernels.name.startswith("triton 3"), "another version may round otherwise"
+    assert not kernels.is_batch_invariant
     assert kernels.attend.__self__ == TritonAttention(Target(132, is_interpreted=False))
     assert kernels.linear is reference.linear
     invariant = choose_batch_invariant(Task(CUDA, torch.float16, 128, has_fp8_kv=True))
