@@ -141,7 +141,8 @@ that any step, message or thread of it may fail. What the out-of-memory killer d
 it refuses every write, as at its `maxmemory`. *Disk full*: no process can write to a file: no log is written, and
 Redis, which was told to save and cannot, refuses every write. Both last until Redis knows no worker any more, and a
 second request is answered meanwhile. A D that is *stopped* wakes up when other prompts have taken the place of the
-blocks that it still meant to copy (`shm`). A router out of memory is not a row: it is a router's death at worst.
+blocks that it still meant to copy (`shm`). A router out of memory is not a row: an answer that it cannot send for want
+of memory ends, as at its death.
 
 The outcome names the router's steps. The pause is the client's longest wait for a token from the fault on. All is well
 when nothing of the request or the fault is left: what a dead router held goes with its lease of 30 s.

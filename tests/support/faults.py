@@ -99,7 +99,7 @@ class Flip(Fault):
 
 
 class OutOfMemory(Fault):
-    """The system gives a worker no more memory, and takes none back: what it has must do."""
+    """The system gives a worker no more memory: what it has must do."""
 
     within_s = SLOW_S
     _LITTLE = 1 << 20
