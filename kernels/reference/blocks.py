@@ -16,7 +16,7 @@ WORD_BYTES = 8
 
 
 def copy_blocks(source: Tensor, source_rows: Tensor, target: Tensor, target_rows: Tensor) -> None:
-    """Row ``target_rows[i]`` of ``target`` becomes equal to row ``source_rows[i]`` of ``source`` (int64), for each i."""
+    """Row ``target_rows[i]`` of ``target`` becomes row ``source_rows[i]`` of ``source``, for each i. Rows are int64."""
     target[target_rows] = source[source_rows]
 
 
