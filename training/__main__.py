@@ -27,7 +27,8 @@ STEPS = 5000
 LATE = 0.54
 """The part of the steps after which the learning rates fall, and what takes longest is practised most."""
 REFINE = 0.24
-"""How many steps follow, as a part of them."""
+"""How many steps a refinement has, as a part of them."""
+NUM_REFINEMENTS = 2
 _ROWS_PER_STEP = 40
 
 
@@ -61,11 +62,11 @@ def _tokenizer(work: Path) -> Tokenizer:
 def _trainer(part: str, work: Path, tokenizer: Tokenizer, steps: int) -> Trainer:
     size = tokenizer.get_vocab_size()
     shape = Shape(size) if part == "model" else Shape(size, hidden=96, inner=256, layers=2, heads=3, kv_heads=1)
-    plan = Plan(SEED, _ROWS_PER_STEP, late_from=round(steps * LATE), refined_from=steps, context=shape.context)
+    refine = round(steps * REFINE)
+    begins = tuple(steps + refine * number for number in range(NUM_REFINEMENTS))
+    plan = Plan(SEED, _ROWS_PER_STEP, late_from=round(steps * LATE), refined_from=begins, context=shape.context)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return Trainer(
-        shape, Recipe(steps, round(steps * REFINE), plan, cool_down=1 - LATE), tokenizer, work / f"{part}.pt", device
-    )
+    return Trainer(shape, Recipe(steps, refine, plan, cool_down=1 - LATE), tokenizer, work / f"{part}.pt", device)
 
 
 def _say(line: str) -> None:

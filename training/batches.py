@@ -44,16 +44,16 @@ class Batch:
 @dataclass(frozen=True, slots=True)
 class Plan:
     """``rows`` per step. Passages around code words grow from step 0 on and are longest at ``late_from``, when the
-    second of the stages of the skills' shares begins; the last one begins at ``refined_from``."""
+    second of the stages of the skills' shares begins; another one begins at each step of ``refined_from``."""
 
     seed: int
     rows: int
     late_from: int
-    refined_from: int
+    refined_from: tuple[int, ...]
     context: int
 
     def stage(self, step: int) -> int:
-        return int(step >= self.late_from) + int(step >= self.refined_from)
+        return sum(step >= begin for begin in (self.late_from, *self.refined_from))
 
 
 def make_step(tokenizer: Tokenizer, renderer: Renderer, plan: Plan, step: int) -> list[Batch]:

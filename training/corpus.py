@@ -35,6 +35,7 @@ _SHARES = (
     (18, 8, 16, 13, 12, 8, 10, 4, 9),
     (18, 3, 18, 24, 9, 6, 14, 2, 8),
     (12, 3, 13, 42, 12, 6, 6, 2, 4),
+    (9, 3, 6, 54, 8, 4, 12, 2, 2),
 )
 """Per stage: what is learnt soon gives way to what takes longer."""
 _SYSTEM = (

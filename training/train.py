@@ -1,7 +1,7 @@
 """Trains a network on the corpus. Seeded; resumable: what is needed to go on is saved every few minutes.
 
 The learning rate warms up, stays, and falls to nothing over the last part of the steps. Then, from a part of its
-height, it falls once more, while the samples are mostly of what has not been learnt by then.
+height, it falls again and again, while the samples are mostly of what has not been learnt by then.
 """
 
 from __future__ import annotations
@@ -25,13 +25,14 @@ from training.tokens import Renderer
 
 _WARM_UP_STEPS = 40
 _REFINE_RATE = 0.4
-"""Where the rates begin to fall for the second time."""
+"""Where the rates begin to fall again."""
 _SAVE_EVERY_S = 60.0
 
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """``cool_down``: the part of the first ``steps`` over which the learning rates fall; ``refine_steps`` follow.
+    """``cool_down``: the part of the first ``steps`` over which the learning rates fall. ``refine_steps`` follow
+    for each refinement of the plan.
 
     Rates: of matrices, of the rest.
     """
@@ -45,14 +46,13 @@ class Recipe:
 
     @property
     def all_steps(self) -> int:
-        return self.steps + self.refine_steps
+        return self.steps + self.refine_steps * len(self.plan.refined_from)
 
     def rate(self, step: int) -> float:
         """The share of the full learning rate at ``step``."""
         if step >= self.steps:
-            return _REFINE_RATE * min(
-                (step - self.steps + 1) / _WARM_UP_STEPS, 1 - (step - self.steps) / self.refine_steps
-            )
+            into = (step - self.steps) % self.refine_steps
+            return _REFINE_RATE * min((into + 1) / _WARM_UP_STEPS, 1 - into / self.refine_steps)
         left = (self.steps - step) / (self.steps * self.cool_down)
         return min(1.0, (step + 1) / _WARM_UP_STEPS, max(left, 0.0))
 

@@ -68,7 +68,7 @@ def test_the_template_shows_tools_and_calls() -> None:
 
 
 def test_a_step_is_a_function_of_plan_and_number(tokenizer: Tokenizer) -> None:
-    plan = Plan(seed=5, rows=40, late_from=100, refined_from=200, context=2048)
+    plan = Plan(seed=5, rows=40, late_from=100, refined_from=(), context=2048)
     first, again = make_step(tokenizer, Renderer(), plan, 3), make_step(tokenizer, Renderer(), plan, 3)
     assert all((a.tokens == b.tokens).all() for a, b in zip(first, again, strict=True))
     assert any(a.tokens.shape != b.tokens.shape or (a.tokens != b.tokens).any()
@@ -76,7 +76,7 @@ def test_a_step_is_a_function_of_plan_and_number(tokenizer: Tokenizer) -> None:
 
 
 def test_batches_hold_every_row_once_and_positions_within_the_context(tokenizer: Tokenizer) -> None:
-    plan = Plan(seed=5, rows=60, late_from=1, refined_from=200, context=2048)
+    plan = Plan(seed=5, rows=60, late_from=1, refined_from=(), context=2048)
     batches = make_step(tokenizer, Renderer(), plan, 3)
     assert sum(int((batch.tokens[:, 0] != END).sum()) for batch in batches) in range(55, 61)
     stretched = 0

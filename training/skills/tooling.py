@@ -35,7 +35,7 @@ def _people(random: Random) -> Json:
     return random.randint(2, 12)
 
 
-_ROOMS = """kitchen bedroom bathroom garage office cellar hall attic library nursery workshop pantry studio corridor
+_ROOMS = """kitchen bedroom bathroom garage study cellar hall attic library nursery workshop pantry studio corridor
 lobby cloakroom""".split()
 
 
