@@ -68,6 +68,7 @@ class DecodeTier:
         self._seats: dict[RequestId, Seat] = {}
         self._by_key: dict[RequestId, Seat] = {}
         self._leases = Leases(self._lease_ended)
+        routers.subscribe(self._leases.router_left)
         self._orphaned = orphaned
         self._tasks = Tasks()
         self._idle = asyncio.Event()

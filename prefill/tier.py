@@ -71,6 +71,7 @@ class PrefillTier:
         self._jobs: dict[RequestId, Job] = {}
         self._by_key: dict[RequestId, Job] = {}
         self._leases = Leases(self._lease_ended)
+        routers.subscribe(self._leases.router_left)
         self._orphaned = orphaned
         self._tasks = Tasks()
         self._idle = asyncio.Event()

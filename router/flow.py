@@ -197,10 +197,13 @@ class Flow:
             life.wake()
 
     def worker_back(self, epoch: Epoch) -> None:
-        """Its stream broke for a moment: those it works for go on from where they are."""
+        """Its stream broke for a moment: those it works for go on from where they are. It is told which they are, since
+        it lets go of the others."""
         for life in list(self._lives.values()):
             life.worker_back(epoch)
             life.wake()
+        if wanted := self._held().get(epoch):
+            self._fleet.send(epoch, Renew(tuple(wanted), self._rules.lease_s))
 
     def worker_down(self, epoch: Epoch) -> None:
         self._pace.gone(epoch)
@@ -301,14 +304,18 @@ class Flow:
     def _renew(self) -> None:
         """Every worker keeps what it holds for live requests; what is not named runs out."""
         self._renewal = None
+        for epoch, requests in self._held().items():
+            self._fleet.send(epoch, Renew(tuple(requests), self._rules.lease_s))
+        if self._lives:
+            self._renewal = self._timers.call_later(self._rules.lease_s / 3, self._renew)
+
+    def _held(self) -> dict[Epoch, list[RequestId]]:
+        """What each worker has for living requests."""
         held: dict[Epoch, list[RequestId]] = defaultdict(list)
         for life in self._lives.values():
             for worker in life.current.holders():
                 held[worker.epoch].append(life.id)
-        for epoch, requests in held.items():
-            self._fleet.send(epoch, Renew(tuple(requests), self._rules.lease_s))
-        if self._lives:
-            self._renewal = self._timers.call_later(self._rules.lease_s / 3, self._renew)
+        return held
 
     def _forget(self, request: RequestId) -> None:
         self._lives.pop(request, None)

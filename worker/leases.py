@@ -1,5 +1,8 @@
 """Leases on a worker's own monotonic timer: what is not renewed in time is let go.
 
+    granted ──renewed──▶ granted ... ──not renewed──▶ expired
+                            └─ its router's stream ends: soon, unless the router comes back and renews it by name
+
 Knows names and deadlines; what letting go means is the caller's.
 """
 
@@ -8,7 +11,10 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 
-from proto.ids import Generation, RequestId
+from proto.ids import Epoch, Generation, RequestId, router_of
+
+ROUTER_AWAY_S = 5.0
+"""How long leases outlive their router's stream: a router that has not come back in a second has gone on without us."""
 
 Orphaned = Callable[[RequestId, Generation], None]
 """Hears of tries that ended here without a router, so that what it wrote of them on the ledger is closed for it."""
@@ -17,8 +23,9 @@ Orphaned = Callable[[RequestId, Generation], None]
 class Leases:
     """One timer for all leases. ``on_expired`` is called once per lease that ran out, on the event loop."""
 
-    def __init__(self, on_expired: Callable[[RequestId], None]) -> None:
+    def __init__(self, on_expired: Callable[[RequestId], None], *, away_s: float = ROUTER_AWAY_S) -> None:
         self._on_expired = on_expired
+        self._away_s = away_s
         self._deadlines: dict[RequestId, float] = {}
         self._timer: asyncio.TimerHandle | None = None
 
@@ -37,6 +44,14 @@ class Leases:
         """Like ``grant``, for a lease that still runs; a lease that ended stays ended."""
         if request in self._deadlines:
             self.grant(request, lease_s)
+
+    def router_left(self, router: Epoch) -> None:
+        """Its stream has ended: what it does not renew soon ends."""
+        until = asyncio.get_running_loop().time() + self._away_s
+        for request, deadline in self._deadlines.items():
+            if router_of(request) == router:
+                self._deadlines[request] = min(deadline, until)
+        self._arm()
 
     def end(self, request: RequestId) -> None:
         """Ends a lease without calling ``on_expired``. May be called twice."""

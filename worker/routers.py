@@ -1,7 +1,7 @@
 """The routers a worker serves: one stream each, and which request's news goes to which.
 
 A request's id names its router, so there is nothing to register. News for a router that is away is dropped here: when
-it comes back it asks again (Attach with positions), and when it does not, the request's lease ends.
+it comes back it asks again (Attach with positions) and renews what it wants; when it does not, the leases end.
 """
 
 from __future__ import annotations
@@ -36,9 +36,16 @@ class RouterStreams:
 
     def __init__(self) -> None:
         self._streams: dict[Epoch, Stream] = {}
+        self._on_left: Callable[[Epoch], None] | None = None
 
     def __len__(self) -> int:
         return len(self._streams)
+
+    def subscribe(self, on_left: Callable[[Epoch], None]) -> None:
+        """``on_left`` is called when a router's stream ends, also where the router has another one already. One
+        subscriber."""
+        assert self._on_left is None
+        self._on_left = on_left
 
     async def serve(self, stream: Stream, handle: Callable[[FromRouter], None]) -> None:
         """Passes the stream's messages to ``handle`` until it ends.
@@ -46,6 +53,8 @@ class RouterStreams:
         A bug met in one message is logged, and must not cost the router's other requests here.
         """
         router = stream.router_epoch
+        if router in self._streams:
+            self._tell_left(router)
         self._streams[router] = stream
         log.info("router %s connected", router)
         try:
@@ -60,6 +69,11 @@ class RouterStreams:
         finally:
             if self._streams.get(router) is stream:
                 del self._streams[router]
+                self._tell_left(router)
+
+    def _tell_left(self, router: Epoch) -> None:
+        if self._on_left is not None:
+            self._on_left(router)
 
     def has_router_of(self, request: RequestId) -> bool:
         return router_of(request) in self._streams

@@ -73,6 +73,7 @@ async def test_a_stale_block_reference_does_not_answer_with_another_prompts_kv(p
         answers[token.request][token.choice, token.position] = token.token
     for request in requests:
         assert answers[request.id] == alone(pod, request)
+        p.tier.handle(Abort(request.id, FIRST))  # D has gone on without it
     await p.tier.drained()
     await until_idle(d)
 

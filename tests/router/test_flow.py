@@ -239,6 +239,21 @@ async def test_leases_are_renewed_for_what_lives_where_it_lives() -> None:
     assert house.timers.num_live == 0
 
 
+async def test_a_worker_whose_stream_broke_is_told_what_is_still_wanted() -> None:
+    house = House("p1", "d1", lease_s=30.0)
+    first, second = await house.start(), await house.start()
+    for stream in (first, second):
+        house.says("p1", token(stream.id, 0))
+    house.reports("d1", second.id, Stage.ADOPTED)
+    house.fleet.sent.clear()
+    house.blink("p1")
+    assert house.sent_to("p1") == [Renew((first.id,), 30.0)]
+    house.blink("d1")
+    assert house.sent_to("d1")[-1] == Renew((first.id, second.id), 30.0)
+    await first.aclose()
+    await second.aclose()
+
+
 async def test_the_door_is_bounded_and_reopens() -> None:
     house = House("p1", "d1", max_inflight=1)
     stream = await house.start()

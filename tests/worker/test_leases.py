@@ -2,10 +2,10 @@ import asyncio
 
 import pytest
 
-from proto.ids import RequestId
+from proto.ids import Epoch, RequestId
 from worker.leases import Leases
 
-A, B = RequestId("r.1"), RequestId("r.2")
+A, B, OTHER = RequestId("r.1"), RequestId("r.2"), RequestId("s.1")
 
 
 class Expired:
@@ -66,4 +66,25 @@ async def test_renewal_moves_the_deadline(expired: Expired) -> None:
     assert expired.requests == [B]
     assert A in leases
     leases.close()
+    assert len(leases) == 0
+
+
+async def test_what_a_router_does_not_name_again_ends_soon_after_its_stream(expired: Expired) -> None:
+    leases = Leases(expired, away_s=0.02)
+    for request in (A, B, OTHER):
+        leases.grant(request, 3600.0)
+    leases.router_left(Epoch("r"))
+    leases.renew(B, 3600.0)
+    await expired.wait_for(1)
+    assert expired.requests == [A]
+    assert B in leases
+    assert OTHER in leases
+    leases.close()
+
+
+async def test_a_routers_leaving_makes_no_lease_longer(expired: Expired) -> None:
+    leases = Leases(expired, away_s=3600.0)
+    leases.grant(A, 0.01)
+    leases.router_left(Epoch("r"))
+    await expired.wait_for(1)
     assert len(leases) == 0

@@ -148,6 +148,22 @@ async def test_what_is_finished_after_its_router_has_gone_is_closed_too(checkpoi
     await pod.close()
 
 
+async def test_what_a_router_left_behind_is_let_go_long_before_its_lease(pod: Pod) -> None:
+    """It is dead, or has given us up: either way it has no more use for what waits, travels or runs here."""
+    p, d = await pod.prefill(), await pod.decode()
+    running, held = make_request(1, prompt_of(40), max_tokens=400), make_request(2, prompt_of(60))
+    d.tier.handle(Attach(running, FIRST, local=True, lease_s=3600.0))
+    await d.router.until(lambda: bool(d.router.tokens()))
+    d.tier.is_draining = True
+    p.tier.handle(Prefill(held, FIRST, d.peer, 3600.0))
+    await p.router.until(lambda: RejectReason.REFUSED in reasons(p))
+    await pod.lose_router(p, d)
+    await pod.orphaned(2)
+    for side in (p, d):
+        await side.tier.drained()
+        await until_idle(side)
+
+
 async def test_a_choice_that_ends_at_its_first_token_does_not_keep_the_seat(pod: Pod) -> None:
     """With log probabilities, the first tokens are not repeated by the decode worker; their ends count all the same."""
     p, d = await pod.prefill(), await pod.decode()
