@@ -8,7 +8,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from itertools import islice
+from itertools import accumulate, islice
 from pathlib import Path
 
 import torch
@@ -26,9 +26,8 @@ VOCABULARY = 1024
 STEPS = 5000
 LATE = 0.54
 """The part of the steps after which the learning rates fall, and what takes longest is practised most."""
-REFINE = 0.24
-"""How many steps a refinement has, as a part of them."""
-NUM_REFINEMENTS = 2
+REFINEMENTS = (0.24, 0.24, 0.12)
+"""How many steps follow in each, as parts of the first ones."""
 _ROWS_PER_STEP = 40
 
 
@@ -62,11 +61,11 @@ def _tokenizer(work: Path) -> Tokenizer:
 def _trainer(part: str, work: Path, tokenizer: Tokenizer, steps: int) -> Trainer:
     size = tokenizer.get_vocab_size()
     shape = Shape(size) if part == "model" else Shape(size, hidden=96, inner=256, layers=2, heads=3, kv_heads=1)
-    refine = round(steps * REFINE)
-    begins = tuple(steps + refine * number for number in range(NUM_REFINEMENTS))
+    lengths = tuple(round(steps * part) for part in REFINEMENTS)
+    begins = tuple(accumulate(lengths[:-1], initial=steps))
     plan = Plan(SEED, _ROWS_PER_STEP, late_from=round(steps * LATE), refined_from=begins, context=shape.context)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    return Trainer(shape, Recipe(steps, refine, plan, cool_down=1 - LATE), tokenizer, work / f"{part}.pt", device)
+    return Trainer(shape, Recipe(steps, lengths, plan, cool_down=1 - LATE), tokenizer, work / f"{part}.pt", device)
 
 
 def _say(line: str) -> None:

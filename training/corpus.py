@@ -36,6 +36,7 @@ _SHARES = (
     (18, 3, 18, 24, 9, 6, 14, 2, 8),
     (12, 3, 13, 42, 12, 6, 6, 2, 4),
     (9, 3, 6, 54, 8, 4, 12, 2, 2),
+    (8, 3, 6, 38, 24, 4, 14, 1, 2),
 )
 """Per stage: what is learnt soon gives way to what takes longer."""
 _SYSTEM = (

@@ -31,14 +31,14 @@ _SAVE_EVERY_S = 60.0
 
 @dataclass(frozen=True, slots=True)
 class Recipe:
-    """``cool_down``: the part of the first ``steps`` over which the learning rates fall. ``refine_steps`` follow
-    for each refinement of the plan.
+    """``cool_down``: the part of the first ``steps`` over which the learning rates fall. ``refinements``: how
+    many steps each of those has that follow.
 
     Rates: of matrices, of the rest.
     """
 
     steps: int
-    refine_steps: int
+    refinements: tuple[int, ...]
     plan: Plan
     matrix_rate: float = 5e-3
     other_rate: float = 4e-3
@@ -46,15 +46,23 @@ class Recipe:
 
     @property
     def all_steps(self) -> int:
-        return self.steps + self.refine_steps * len(self.plan.refined_from)
+        return self.steps + sum(self.refinements)
 
     def rate(self, step: int) -> float:
         """The share of the full learning rate at ``step``."""
         if step >= self.steps:
-            into = (step - self.steps) % self.refine_steps
-            return _REFINE_RATE * min((into + 1) / _WARM_UP_STEPS, 1 - into / self.refine_steps)
+            into, length = self._refinement(step - self.steps)
+            return _REFINE_RATE * min((into + 1) / _WARM_UP_STEPS, 1 - into / length)
         left = (self.steps - step) / (self.steps * self.cool_down)
         return min(1.0, (step + 1) / _WARM_UP_STEPS, max(left, 0.0))
+
+    def _refinement(self, into: int) -> tuple[int, int]:
+        """How far into which of them, by its length, the step is that comes ``into`` steps after the first ones."""
+        for length in self.refinements:
+            if into < length:
+                return into, length
+            into -= length
+        return 1, 1
 
 
 class Trainer:

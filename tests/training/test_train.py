@@ -41,7 +41,7 @@ def tokenizer() -> Tokenizer:
 
 def trainer(tokenizer: Tokenizer, file: Path, steps: int = 4) -> Trainer:
     shape = Shape(400, hidden=32, inner=64, layers=2, heads=2, kv_heads=1, head_dim=16)
-    recipe = Recipe(steps, 0, Plan(seed=3, rows=6, late_from=100, refined_from=(), context=512))
+    recipe = Recipe(steps, (), Plan(seed=3, rows=6, late_from=100, refined_from=(), context=512))
     return Trainer(shape, recipe, tokenizer, file, CPU)
 
 
@@ -62,7 +62,7 @@ def test_an_interrupted_run_ends_like_an_uninterrupted_one(tokenizer: Tokenizer,
 
 def test_the_rate_warms_up_stays_and_falls_to_nothing() -> None:
     recipe = Recipe(
-        1000, 200, Plan(seed=3, rows=6, late_from=100, refined_from=(1000, 1200), context=512), cool_down=0.25
+        1000, (200, 100), Plan(seed=3, rows=6, late_from=100, refined_from=(1000, 1200), context=512), cool_down=0.25
     )
     assert recipe.rate(0) < 0.05
     assert recipe.rate(100) == recipe.rate(749) == 1.0
@@ -70,8 +70,9 @@ def test_the_rate_warms_up_stays_and_falls_to_nothing() -> None:
     assert recipe.rate(999) < 0.01
     assert 0.3 < recipe.rate(1040) <= 0.4, "a lower hill"
     assert recipe.rate(1199) < 0.01
-    assert recipe.rate(1240) == recipe.rate(1040)
-    assert recipe.all_steps == 1400
+    assert recipe.rate(1250) == pytest.approx(0.2)
+    assert recipe.all_steps == 1300
+    assert recipe.rate(1300) == 0.0
 
 
 def test_the_norm_and_its_gradient_are_the_textbook_s() -> None:

@@ -52,7 +52,7 @@ class Recall:
             place = 2 * random.randint(1, len(messages) // 2)
             messages[place:place] = random.choice(self._others).make(random, held_out=held_out).messages
         untold = [entry for entry in _TOLD if entry not in told]
-        if random.random() < 0.12:
+        if random.random() < 0.3:
             messages += [user(random.choice(untold)[1]), assistant(UNTOLD)]
         else:
             which = random.randrange(len(told))
