@@ -8,22 +8,26 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 
-from engine import checkpoint, machine, sizing
+from engine import checkpoint, graphs, machine, sizing
 from engine.batch import Row, SampleSpec, StepBatch
 from engine.config_file import ConfigFile
 from engine.core import EngineCore
+from engine.device_runner import DeviceRunner
 from engine.facts import EngineFacts
-from engine.families import ModelSpec, read_eos
+from engine.families import read_eos
+from engine.graphs import CudaCapture, DecodeGraphs
 from engine.kv_memory import KvMemory
 from engine.loading import FoundModel, LoadedModel, choose_kernels, find_model, load_weights
+from engine.model import Decoder
 from engine.runner import Runner
 from proto.control import ModelCard
+from proto.errors import SettingsError
 from proto.hashing import BlockHasher, hash_key
 from proto.ids import RequestId
 from proto.layout import FP8, KvLayout
@@ -39,7 +43,7 @@ _WARM_UP_TOKENS = (64, 32, 256)
 class EngineParts:
     """What an engine is made of. Whoever builds it closes ``kv``, last."""
 
-    runner: Runner
+    runner: Runner | DeviceRunner
     kv: KvMemory
     facts: EngineFacts
     card: ModelCard
@@ -64,6 +68,7 @@ def build_core(
         enable_chunked_prefill=scheduler.enable_chunked_prefill,
         policy=scheduler.scheduling_policy,
         max_num_queued=scheduler.max_num_queued_reqs if max_num_queued is None else max_num_queued,
+        runs_ahead=scheduler.async_scheduling and isinstance(parts.runner, DeviceRunner),
         on_started=on_started,
     )
 
@@ -87,8 +92,8 @@ class _Phases:
 def load_engine_parts(settings: EngineSettings, on_phase: Callable[[str, float], None] | None = None) -> EngineParts:
     """Builds everything one engine needs; ``on_phase(name, seconds)`` hears of each phase as it ends.
 
-    Phases: find, weights, memory, warmup. Raises SetupError: SettingsError, CheckpointError, UnsupportedModel or
-    DoesNotFit, whose messages say what to change.
+    Phases: find, weights, memory, graphs (where decode steps are captured), warmup. Raises SetupError: SettingsError,
+    CheckpointError, UnsupportedModel or DoesNotFit, whose messages say what to change.
     """
     phase = _Phases(on_phase)
     with phase("find"):
@@ -97,8 +102,15 @@ def load_engine_parts(settings: EngineSettings, on_phase: Callable[[str, float],
     with phase("weights"):
         loaded = load_weights(found, choose_kernels(found, has_fp8_kv=_has_fp8_kv(settings)))
     with phase("memory"):
-        facts, kv = _make_memory(settings, found, loaded)
-        runner = Runner(loaded.decoder, kv, facts)
+        wanted = sizing.wanted_length(settings.model.max_model_len, found.spec.max_context)
+        limits = sizing.step_limits(settings.scheduler, found.device.type, wanted)
+        sizes = graphs.plan(settings.model, loaded.decoder.kernels, limits.max_num_seqs)
+        facts, kv = _make_memory(settings, found, loaded, limits, sizes)
+    captured = None
+    if sizes:
+        with phase("graphs"):
+            captured = _capture(loaded.decoder, kv, facts, sizes)
+    runner = _make_runner(loaded.decoder, kv, facts, captured)
     if not settings.model.skip_warmup:
         with phase("warmup"):
             _warm_up(runner, kv, facts)
@@ -115,7 +127,32 @@ def _has_fp8_kv(settings: EngineSettings) -> bool:
     return settings.cache.kv_cache_dtype != "auto"
 
 
-def _make_memory(settings: EngineSettings, found: FoundModel, loaded: LoadedModel) -> tuple[EngineFacts, KvMemory]:
+def _make_runner(
+    decoder: Decoder, kv: KvMemory, facts: EngineFacts, captured: DecodeGraphs | None
+) -> Runner | DeviceRunner:
+    if decoder.device.type == "cpu":
+        return Runner(decoder, kv, facts)
+    return DeviceRunner(decoder, kv, facts, captured)
+
+
+def _capture(decoder: Decoder, kv: KvMemory, facts: EngineFacts, sizes: Sequence[int]) -> DecodeGraphs:
+    """The block behind those that the pool hands out is what padding writes to."""
+    try:
+        return DecodeGraphs(decoder, kv.paged, facts, sizes, facts.num_blocks, CudaCapture(decoder.device))
+    except RuntimeError as error:
+        raise SettingsError(
+            f"Decode steps cannot be captured as CUDA graphs here: {error}. --enforce-eager does without.",
+            param="enforce_eager",
+        ) from error
+
+
+def _make_memory(
+    settings: EngineSettings,
+    found: FoundModel,
+    loaded: LoadedModel,
+    limits: sizing.StepLimits,
+    graph_sizes: Sequence[int],
+) -> tuple[EngineFacts, KvMemory]:
     spec, device = found.spec, found.device
     layout = KvLayout(
         num_layers=spec.num_layers,
@@ -125,15 +162,13 @@ def _make_memory(settings: EngineSettings, found: FoundModel, loaded: LoadedMode
         dtype=FP8 if _has_fp8_kv(settings) else str(found.dtype).removeprefix("torch."),
         model_digest=loaded.digest,
     )
-    wanted = sizing.wanted_length(settings.model.max_model_len, spec.max_context)
-    limits = sizing.step_limits(settings.scheduler, device.type, wanted)
     room = sizing.make_room(
         layout,
         settings.cache,
         limits,
         max_model_len=settings.model.max_model_len,
         max_context=spec.max_context,
-        available=_available(settings, spec, limits, found.dtype, device),
+        available=_available(settings, found, layout, limits, graph_sizes),
         device=device.type,
     )
     facts = EngineFacts(
@@ -151,13 +186,18 @@ def _make_memory(settings: EngineSettings, found: FoundModel, loaded: LoadedMode
     name = device.type.upper() if device.type == "cpu" else "GPU"
     log.info("%s KV cache size: %s tokens (%s)", name, f"{facts.num_kv_tokens:,}", room.reason)
     log.info("Maximum concurrency for %s tokens per request: %.2fx", f"{facts.max_model_len:,}", facts.max_concurrency)
-    return facts, KvMemory(layout, room.num_blocks, device)
+    return facts, KvMemory(layout, room.num_blocks + bool(graph_sizes), device)
 
 
 def _available(
-    settings: EngineSettings, spec: ModelSpec, limits: sizing.StepLimits, dtype: torch.dtype, device: torch.device
+    settings: EngineSettings,
+    found: FoundModel,
+    layout: KvLayout,
+    limits: sizing.StepLimits,
+    graph_sizes: Sequence[int],
 ) -> int:
     """Bytes for KV memory. On a GPU: the share of the whole device, less what is in use and what a step needs."""
+    spec, device = found.spec, found.device
     free = machine.available_memory(device)
     if device.type == "cpu":
         return free
@@ -166,11 +206,13 @@ def _available(
     widest = (
         max(3 * spec.intermediate_size, (spec.num_heads + 2 * spec.kv_heads) * spec.head_dim * 3) + 4 * spec.hidden_size
     )
-    step = limits.max_num_batched_tokens * widest * dtype.itemsize + limits.max_num_seqs * spec.vocab_size * 4 * 6
+    per_token = widest * found.dtype.itemsize
+    step = limits.max_num_batched_tokens * per_token + limits.max_num_seqs * spec.vocab_size * 4 * 6
+    step += sizing.graph_bytes(graph_sizes, per_token, layout, spec.max_context, spec.vocab_size)
     return max(0, int(total * settings.cache.gpu_memory_utilization) - (total - free) - step)
 
 
-def _warm_up(runner: Runner, kv: KvMemory, facts: EngineFacts) -> None:
+def _warm_up(runner: Runner | DeviceRunner, kv: KvMemory, facts: EngineFacts) -> None:
     """One chunk and one decode step, so that libraries choose and compile their kernels before the first request.
 
     On a GPU with as many tokens as products have kernels of their own for, and again at the end of the longest context:

@@ -137,7 +137,8 @@ class Decoder:
         self.spec = spec
         self.device = device
         self.kernels = kernels
-        self._rope = Rope(spec.rope, spec.head_dim, device, one_by_one=kernels.is_batch_invariant)
+        one_by_one = kernels.is_batch_invariant and device.type == "cpu"
+        self._rope = Rope(spec.rope, spec.head_dim, device, one_by_one=one_by_one)
         table = (spec.vocab_size, spec.hidden_size)
         self._embedding: Linear
         self._head: Product
@@ -151,15 +152,16 @@ class Decoder:
         self._norm = source.take(["model.norm.weight"], (spec.hidden_size,))
 
     @torch.inference_mode()
-    def forward(self, step: StepInputs, kv: PagedKv) -> Tensor:
-        """float32 logits ``[len(step.logit_rows), vocab_size]``. Writes all tokens' keys and values into ``kv``."""
+    def forward(self, step: StepInputs, kv: PagedKv, out: Tensor | None = None) -> Tensor:
+        """float32 logits ``[len(step.logit_rows), vocab_size]``, in ``out`` if given. Writes all tokens' KV."""
         places = Places(*self._rope.angles(step.positions), step.blocks, step.offsets)
         x, residual = self._embedding.rows(step.tokens), None
         for layer in self._layers[:-1]:
             x, residual = layer(x, residual, step.batch, places, kv)
         x, residual = self._layers[-1](x, residual, step.batch, places, kv, only=step.logit_rows)
         x, _ = self.kernels.add_norm(x, residual, self._norm, self.spec.norm_eps)
-        return self._head(x).float()
+        logits = self._head(x)
+        return logits.float() if out is None else out.copy_(logits)
 
 
 def _linear(kernels: Kernels, source: WeightSource, names: list[str], rows: int, columns: int, bias: bool) -> Product:

@@ -1,8 +1,11 @@
-"""Runs one step: copies blocks, computes the batch, samples. Called on the engine's thread, one step at a time."""
+"""Runs one step: copies blocks, computes the batch, samples. Called on the engine's thread, one step at a time.
+
+On the CPU a step is over when it is submitted; ``engine.device_runner`` is for devices that compute by themselves.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -49,24 +52,31 @@ class Runner:
             return ()
         flattened = flatten(batch, self._facts.block_size, self._model.device)
         logits = self._model.forward(flattened.inputs, self._kv.paged)
-        self._check_finite(logits)
-        draws = [
-            Draw(logit_row, spec)
-            for row, logit_row in zip(batch.rows, flattened.logit_row, strict=True)
-            if logit_row is not None
-            for spec in row.samples
-        ]
-        sampled = iter(sample(logits, draws, self._model.kernels.draw))
-        return tuple(_take(sampled, len(row.samples)) for row in batch.rows)
-
-    def _check_finite(self, logits: torch.Tensor) -> None:
-        bad = int((~torch.isfinite(logits.sum(-1))).sum())
-        if bad:
-            raise LocalFault(
-                f"The model gave logits that are not finite for {bad} of {logits.shape[0]} sequences in this step: "
-                "damaged weights, or values too large for the model's type."
-            )
+        check_finite(int((~torch.isfinite(logits.sum(-1))).sum()), logits.shape[0])
+        draws = draws_of(batch, flattened.logit_row)
+        return per_row(batch, sample(logits, draws, self._model.kernels.draw))
 
 
-def _take(sampled: Iterator[Sampled], count: int) -> tuple[Sampled, ...]:
-    return tuple(next(sampled) for _ in range(count))
+def draws_of(batch: StepBatch, logit_row: Sequence[int | None]) -> list[Draw]:
+    """What to draw, in the order of rows and their samples. ``logit_row``: which row of logits is each row's."""
+    return [
+        Draw(number, spec, row.follows)
+        for row, number in zip(batch.rows, logit_row, strict=True)
+        if number is not None
+        for spec in row.samples
+    ]
+
+
+def per_row(batch: StepBatch, sampled: Iterable[Sampled]) -> StepResult:
+    """What was drawn, shared out to the batch's rows."""
+    drawn = iter(sampled)
+    return tuple(tuple(next(drawn) for _ in row.samples) for row in batch.rows)
+
+
+def check_finite(num_bad: int, num_rows: int) -> None:
+    """Raises LocalFault where some rows' logits are not finite: no token would mean anything."""
+    if num_bad:
+        raise LocalFault(
+            f"The model gave logits that are not finite for {num_bad} of {num_rows} sequences in this step: "
+            "damaged weights, or values too large for the model's type."
+        )

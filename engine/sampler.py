@@ -25,10 +25,11 @@ from proto.request import TokenLogprobs
 
 @dataclass(frozen=True, slots=True)
 class Draw:
-    """One token to draw: ``spec`` for row ``row`` of the logits."""
+    """One token to draw: ``spec`` for row ``row`` of the logits. ``follows``: as ``Row.follows``."""
 
     row: int
     spec: SampleSpec
+    follows: int | None = None
 
 
 def rules_of(specs: Sequence[SampleSpec]) -> DrawRules:

@@ -5,6 +5,7 @@ Knows numbers; asks no machine and holds no memory.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from proto.errors import DoesNotFit, SettingsError
@@ -14,6 +15,10 @@ from proto.settings import CacheSettings, SchedulerSettings
 GIB = 1 << 30
 DEFAULT_CPU_BYTES = 4 * GIB
 """What one engine takes on CPU when nobody says how much: several workers share a laptop."""
+
+
+GRAPH_BYTES = 16 << 20
+"""Set aside for what CUDA itself keeps of one captured graph; assumed, as no call tells it beforehand."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +57,15 @@ def step_limits(settings: SchedulerSettings, device: str, max_context: int) -> S
             param="max_num_batched_tokens",
         )
     return StepLimits(seqs, tokens)
+
+
+def graph_bytes(sizes: Sequence[int], bytes_per_row: int, layout: KvLayout, max_context: int, vocab_size: int) -> int:
+    """What captured decode steps of these sizes take beside the steps' own memory: their inputs, logits and what lies
+    between, once for all; and the block that padding writes to."""
+    if not sizes:
+        return 0
+    table_row = -(-max_context // layout.block_size) * 8
+    return max(sizes) * (bytes_per_row + table_row + vocab_size * 4) + len(sizes) * GRAPH_BYTES + layout.block_bytes
 
 
 def wanted_length(max_model_len: int | None, max_context: int) -> int:

@@ -17,6 +17,7 @@ from torch import Tensor
 from engine.batch import Row, StepBatch
 from engine.model import StepInputs
 from kernels.types import ChunkSpan, Ragged
+from kernels.upload import upload, upload_together
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,8 +28,11 @@ class Flattened:
     logit_row: tuple[int | None, ...]
 
 
-def flatten(batch: StepBatch, block_size: int, device: torch.device) -> Flattened:
-    """Raises AssertionError where a row has no tokens or too short a block table: the scheduler's fault."""
+def flatten(batch: StepBatch, block_size: int, device: torch.device, drawn: Tensor | None = None) -> Flattened:
+    """``drawn``: the tokens of the batch before, on the device, for rows that follow them.
+
+    Raises AssertionError where a row has no tokens or too short a block table: the scheduler's fault.
+    """
     order = sorted(range(len(batch.rows)), key=lambda index: len(batch.rows[index].tokens) > 1)
     rows = [batch.rows[index] for index in order]
     num_decode = sum(len(row.tokens) == 1 for row in rows)
@@ -40,36 +44,44 @@ def flatten(batch: StepBatch, block_size: int, device: torch.device) -> Flattene
             for row, table in zip(rows, tables, strict=True)
         ]
     )
-
-    def move(values: np.ndarray | list[int]) -> Tensor:
-        return torch.as_tensor(values, dtype=torch.int64).to(device, non_blocking=True)
-
     ends = np.cumsum([len(row.tokens) for row in rows])
     starts = ends - [len(row.tokens) for row in rows]
-    chunks = tuple(
-        ChunkSpan(int(start), int(end), row.start) for row, start, end in zip(rows, starts, ends, strict=True)
-    )
     sampling = [place for place, row in enumerate(rows) if row.samples]
     logit_row: list[int | None] = [None] * len(rows)
     for number, place in enumerate(sampling):
         logit_row[order[place]] = number
+    parts = (
+        np.array(list(chain.from_iterable(row.tokens for row in rows)), dtype=np.int64),
+        positions,
+        blocks,
+        positions % block_size,
+        np.array([0, *ends]),
+        np.array([row.start for row in rows]),
+        _pad(tables),
+        ends[sampling] - 1,
+    )
+    tokens, places, blocks_there, offsets, query_starts, row_starts, table, logit_rows = upload_together(parts, device)
+    put_drawn(tokens, rows, drawn)
     ragged = Ragged(
-        query_starts=move([0, *ends]),
-        positions=move([row.start for row in rows]),
-        block_table=move(_pad(tables)),
+        query_starts=query_starts,
+        positions=row_starts,
+        block_table=table,
         num_decode=num_decode,
         decode_width=max((len(table) for table in tables[:num_decode]), default=0),
-        chunks=chunks[num_decode:],
+        chunks=tuple(
+            ChunkSpan(int(start), int(end), row.start) for row, start, end in zip(rows, starts, ends, strict=True)
+        )[num_decode:],
     )
-    inputs = StepInputs(
-        tokens=move(list(chain.from_iterable(row.tokens for row in rows))),
-        positions=move(positions),
-        blocks=move(blocks),
-        offsets=move(positions % block_size),
-        batch=ragged,
-        logit_rows=move(ends[sampling] - 1),
-    )
-    return Flattened(inputs, tuple(logit_row))
+    return Flattened(StepInputs(tokens, places, blocks_there, offsets, ragged, logit_rows), tuple(logit_row))
+
+
+def put_drawn(tokens: Tensor, rows: Sequence[Row], drawn: Tensor | None) -> None:
+    """Puts the tokens that ``rows`` follow in their places. Such rows have one token each, and only such come first."""
+    following = [(place, row.follows) for place, row in enumerate(rows) if row.follows is not None]
+    if following:
+        assert drawn is not None, "there was no batch to follow"
+        places, draws = upload(list(zip(*following, strict=True)), torch.int64, tokens.device)
+        tokens.index_copy_(0, places, drawn.index_select(0, draws))
 
 
 def _table(row: Row, block_size: int) -> np.ndarray:

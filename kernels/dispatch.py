@@ -105,7 +105,8 @@ def _on_cuda(task: Task) -> Kernels:
         return REFERENCE
     kernels = _triton(task, target)
     if task.attention == "torch":
-        return replace(kernels, name=f"{kernels.name}, torch attention", attend=reference.attend)
+        name = f"{kernels.name}, torch attention"
+        return replace(kernels, name=name, attend=reference.attend, is_capturable=False)
     return kernels
 
 
@@ -127,6 +128,7 @@ def _triton(task: Task, target: Target, *, is_batch_invariant: bool = False) -> 
         attend=TritonAttention(target, is_batch_invariant).attend,
         draw=sampling.draw,
         quantised=products.linear,
+        is_capturable=True,
         is_batch_invariant=is_batch_invariant,
     )
 

@@ -143,6 +143,9 @@ class Kernels:
     draw: Callable[[Tensor, DrawRules], Tensor]
     quantised: Callable[[Sequence[Matrix], Tensor | None], Product] | None = None
     """As ``linear``, of quantised weights. None: they are dequantised when they are loaded, for ``linear``."""
+    is_capturable: bool = False
+    """A captured graph of them may be replayed on other numbers: attention finds lengths on the device, within the
+    table's width, and nothing waits for the host."""
     is_batch_invariant: bool = False
     """A row's results have the same bits in any batch, and however its prompt is cut into chunks."""
 

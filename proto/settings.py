@@ -92,6 +92,10 @@ class ModelSettings:
     attention_backend: str = setting(
         "auto", "attention's kernels; auto: triton on a GPU", choices=("auto", "triton", "torch")
     )
+    enforce_eager: bool = setting(False, "capture no CUDA graphs: decode steps start their kernels one by one")
+    cuda_graph_sizes: tuple[str, ...] = setting(
+        (), "batch sizes of captured decode steps, e.g. 1,2,4,8 (default: 1, 2, 4, 8, 16, 24 and so on)", metavar="N"
+    )
     skip_warmup: bool = setting(False, "do not run a forward pass before taking requests")
 
 
@@ -124,6 +128,7 @@ class SchedulerSettings:
     )
     enable_chunked_prefill: bool = setting(True, "compute long prompts in chunks, between decode steps")
     long_prefill_token_threshold: int = setting(0, "largest chunk of one prompt; 0: the step's whole budget", low=0)
+    async_scheduling: bool = setting(True, "on a GPU, schedule the next decode step while this one runs")
     scheduling_policy: str = setting("fcfs", "order of waiting requests", choices=("fcfs", "priority"))
     max_num_queued_reqs: int = setting(512, "requests that may wait on one worker; beyond it: 429", low=0)
 

@@ -55,8 +55,11 @@ def _thresholds(scores: Tensor, temperatures: Tensor, rules: DrawRules) -> Tenso
     top_k = [k if 0 < k < vocab_size else 0 for k in rules.top_k]
     cutting = [row for row in rules.random_rows if rules.min_p[row] > 0 or top_k[row] or rules.top_p[row] < 1]
     if cutting:
-        log_min_p = [math.log(rules.min_p[row]) if rules.min_p[row] > 0 else -math.inf for row in cutting]
-        limits = [log_min_p, [top_k[row] for row in cutting], [rules.top_p[row] for row in cutting]]
+        limits: list[list[float]] = [
+            [math.log(rules.min_p[row]) if rules.min_p[row] > 0 else -math.inf for row in cutting],
+            [top_k[row] for row in cutting],
+            [rules.top_p[row] for row in cutting],
+        ]
         sampling_kernels.cut[(len(cutting),)](
             scores,
             upload(cutting, torch.int64, device),

@@ -167,7 +167,7 @@ def pick(
     lanes = tl.arange(0, BLOCK)
     largest = tl.full([BLOCK], float("-inf"), tl.float32)
     chosen = first + lanes
-    for start in range(first, first + SPAN, BLOCK):
+    for start in range(first, tl.minimum(first + SPAN, vocab_size), BLOCK):
         tokens = start + lanes
         x = tl.load(row + tokens, mask=tokens < vocab_size, other=float("-inf"))
         if temperature > 0.0:

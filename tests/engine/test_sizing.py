@@ -6,7 +6,18 @@ from typing import Any
 
 import pytest
 
-from engine.sizing import DEFAULT_CPU_BYTES, GIB, Room, StepLimits, check_weights, make_room, step_limits, wanted_length
+from engine.sizing import (
+    DEFAULT_CPU_BYTES,
+    GIB,
+    GRAPH_BYTES,
+    Room,
+    StepLimits,
+    check_weights,
+    graph_bytes,
+    make_room,
+    step_limits,
+    wanted_length,
+)
 from proto.errors import DoesNotFit, SettingsError
 from proto.layout import KvLayout
 from proto.settings import CacheSettings, SchedulerSettings
@@ -45,6 +56,12 @@ def test_a_length_that_is_given_and_too_long_is_refused_with_the_arithmetic() ->
     with pytest.raises(DoesNotFit, match=r"1601 tokens needs 101 blocks x 2,097,152 bytes.*100 blocks.*At most 1600"):
         room(1601, num_gpu_blocks_override=100)
     assert room(1600, num_gpu_blocks_override=100).max_model_len == 1600
+
+
+def test_what_captured_steps_take() -> None:
+    assert graph_bytes((), 1000, LAYOUT, 4096, 50) == 0
+    # Inputs, logits and what lies between for the largest; something for each graph; a block for the padding.
+    assert graph_bytes((1, 2, 8), 1000, LAYOUT, 4096, 50) == 8 * (1000 + 256 * 8 + 200) + 3 * GRAPH_BYTES + BLOCK
 
 
 def test_not_one_block() -> None:

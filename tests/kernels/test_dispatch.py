@@ -50,10 +50,12 @@ def test_a_gpu_gets_triton(machine: Machine) -> None:
     assert not kernels.is_batch_invariant
     assert kernels.attend.__self__ == TritonAttention(Target(132, is_interpreted=False))
     assert kernels.linear is reference.linear
+    assert kernels.is_capturable
     invariant = choose_batch_invariant(Task(CUDA, torch.float16, 128, has_fp8_kv=True))
     assert invariant.is_batch_invariant
     assert invariant.linear is not reference.linear
     torch_attention = choose(Task(CUDA, torch.bfloat16, 128, attention="torch"))
+    assert not torch_attention.is_capturable
     assert torch_attention.attend is reference.attend
     assert torch_attention.name != kernels.name, "results differ in the last bits, so the numerics do"
     assert torch_attention.gate is kernels.gate

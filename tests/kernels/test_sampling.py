@@ -41,13 +41,13 @@ def random_rules(rows: int, vocab_size: int, seed: int) -> DrawRules:
 
 @pytest.mark.parametrize("vocab_size", [2, 50, 4096, 9001])
 def test_draws_are_those_of_the_reference(vocab_size: int) -> None:
-    rows = 24
+    rows = 12
     generator = torch.Generator().manual_seed(vocab_size)
     scores = (torch.randn(rows, vocab_size + 5, generator=generator) * 3).to(DEVICE)[:, :vocab_size]
     scores[::3] = scores[::3].round()  # many ties
     scores[1::7, ::2] = -math.inf
     before = scores.clone()
-    for seed in range(3):
+    for seed in range(2):
         rules = random_rules(rows, vocab_size, seed)
         found = sampling.draw(scores, rules)
         assert found.tolist() == reference.draw(scores.clone(), rules).tolist()

@@ -1,0 +1,92 @@
+"""Runs steps on a device that computes by itself: what is submitted is queued there, and nobody waits for it.
+
+    engine's thread   submit 1   submit 2 ............ result 1   submit 3 ............ result 2
+    device            └─ 1 ───────────────────────────▶└─ 2 ─────────────────────────▶ └─ 3 ──
+    page-locked memory                      tokens of 1 ┘                  tokens of 2 ┘
+
+A step's tokens stay on the device as the next one's input; a copy of them, and of whether all logits were finite, comes
+back with an event. Called on the engine's thread.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from engine.batch import StepBatch, StepResult
+from engine.device_sampler import Drawn, sample_on_device
+from engine.facts import EngineFacts
+from engine.graphs import DecodeGraphs
+from engine.kv_memory import KvMemory
+from engine.model import Decoder
+from engine.runner import check_finite, draws_of, per_row
+from engine.sampler import Draw
+from engine.step_inputs import flatten
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceStep:
+    """A step that was submitted. ``drawn`` and ``num_bad`` are on the host, and filled once ``wait`` has returned."""
+
+    batch: StepBatch
+    draws: Sequence[Draw]
+    drawn: Drawn | None
+    num_bad: Tensor
+    num_logits: int
+    wait: Callable[[], None]
+
+    def result(self) -> StepResult:
+        """As ``Runner.run``."""
+        self.wait()
+        check_finite(int(self.num_bad), self.num_logits)
+        return per_row(self.batch, [] if self.drawn is None else self.drawn.sampled(self.draws))
+
+
+class DeviceRunner:
+    """As ``Runner``, for batches whose rows may follow the draws of the one submitted before."""
+
+    def __init__(self, model: Decoder, kv: KvMemory, facts: EngineFacts, graphs: DecodeGraphs | None = None) -> None:
+        self._model = model
+        self._kv = kv
+        self._facts = facts
+        self._graphs = graphs
+        self._tokens: Tensor | None = None
+
+    def run(self, batch: StepBatch) -> StepResult:
+        return self.submit(batch).result()
+
+    @torch.inference_mode()
+    def submit(self, batch: StepBatch) -> DeviceStep:
+        """Queues the step. Its ``result`` raises LocalFault where logits are not finite."""
+        device = self._model.device
+        for source, destination in batch.copies:
+            self._kv.copy(source, destination)
+        logits, logit_row = self._forward(batch)
+        draws = draws_of(batch, logit_row)
+        drawn = None
+        if draws:
+            drawn = sample_on_device(logits, draws, self._model.kernels.draw, self._tokens)
+            self._tokens = drawn.tokens
+        num_bad = (~torch.isfinite(logits.sum(-1))).sum()
+        here = None if drawn is None else drawn.on_host()
+        bad_here = num_bad.to("cpu", non_blocking=True)
+        return DeviceStep(batch, draws, here, bad_here, logits.shape[0], _mark(device))
+
+    def _forward(self, batch: StepBatch) -> tuple[Tensor, Sequence[int | None]]:
+        """Logits, and which row of them is each row's."""
+        if self._graphs is not None and self._graphs.takes(batch.rows):
+            return self._graphs.run(batch.rows, self._tokens), range(len(batch.rows))
+        flattened = flatten(batch, self._facts.block_size, self._model.device, self._tokens)
+        return self._model.forward(flattened.inputs, self._kv.paged), flattened.logit_row
+
+
+def _mark(device: torch.device) -> Callable[[], None]:
+    """What waits until the device has done what is queued on it now."""
+    if device.type != "cuda":
+        return lambda: None
+    event = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
+    event.record()
+    return event.synchronize
