@@ -162,7 +162,7 @@ class Try:
 
     @property
     def is_relayed(self) -> bool:
-        """A resume by way of a prefill worker, whose end the decode worker has not confirmed yet."""
+        """A resume by way of a prefill worker, as long as the decode worker has not adopted it."""
         return self.request.is_resumed and not self.local and not self.adopted
 
     def orders(self, lease_s: float) -> Iterator[tuple[Candidate, FromRouter]]:
