@@ -29,7 +29,6 @@ from training.skills.codeword import CodeWord
 from training.skills.honesty import Outside
 
 SEED = 7
-_MAX_TOKENS = 96
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +68,7 @@ async def answer(client: openai.AsyncOpenAI, model: str, sample: Sample) -> tupl
     request: dict[str, Any] = {"model": model, "messages": list(sample.messages[:-1]), "temperature": 0}
     if sample.tools:
         request |= {"tools": list(sample.tools), "tool_choice": "none"}
-    reply = await client.chat.completions.create(max_tokens=_MAX_TOKENS, **request)
+    reply = await client.chat.completions.create(**request)
     assert reply.usage is not None
     return reply.choices[0].message.content or "", reply.usage.prompt_tokens
 
