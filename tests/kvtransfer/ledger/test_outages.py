@@ -155,7 +155,7 @@ NEEDS_PRLIMIT = pytest.mark.skipif(sys.platform != "linux", reason="a limit on a
 async def test_a_full_redis_is_as_good_as_away(local_redis: LocalRedis, fill: Change, empty: Change) -> None:
     cache = FakeCache()
     # A record outlives the longest pause between two tries to renew it.
-    async with RedisLedger(local_redis.url, "test", ttl_s=2.0) as ledger, watching(ledger) as believer:
+    async with RedisLedger(local_redis.url, "test", ttl_s=6.0) as ledger, watching(ledger) as believer:
         publisher = publisher_of(ledger, cache)
         publisher.start()
         publisher.publish(cache.change(Stored(blocks(1, 2))))
