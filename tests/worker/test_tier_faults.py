@@ -29,6 +29,7 @@ from tests.support.tiers import (
     served,
     until_idle,
 )
+from worker.leases import Leases
 
 SECOND = Generation(2)
 
@@ -148,8 +149,11 @@ async def test_what_is_finished_after_its_router_has_gone_is_closed_too(checkpoi
     await pod.close()
 
 
-async def test_what_a_router_left_behind_is_let_go_long_before_its_lease(pod: Pod) -> None:
+async def test_what_a_router_left_behind_is_let_go_long_before_its_lease(
+    pod: Pod, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """It is dead, or has given us up: either way it has no more use for what waits, travels or runs here."""
+    monkeypatch.setitem(Leases.__init__.__kwdefaults__, "away_s", 0.05)
     p, d = await pod.prefill(), await pod.decode()
     running, held = make_request(1, prompt_of(40), max_tokens=400), make_request(2, prompt_of(60))
     d.tier.handle(Attach(running, FIRST, local=True, lease_s=3600.0))
