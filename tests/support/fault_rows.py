@@ -145,7 +145,8 @@ blocks that it still meant to copy (`shm`). A router out of memory is not a row:
 of memory ends, as at its death.
 
 The outcome names the router's steps. The pause is the client's longest wait for a token from the fault on. All is well
-when nothing of the request or the fault is left: what a dead router held goes with its lease of 30 s.
+when nothing of the request or the fault is left: workers let go of what a dead router held five seconds after its
+connection ends, without waiting for the lease.
 
 | payloads | stage | fault | outcome | pause | bound | all well after |
 |---|---|---|---|---|---|---|"""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 from engine.core import EngineCore
 from engine.output import StepOutput
 from proto.control import Abort, Attach, Failed, Prefill, Redirect, Rejected, RejectReason
-from proto.handoff import Frame, HandoffMessage
+from proto.handoff import Frame, HandoffMessage, Seal
 from proto.ids import Generation
 from proto.lifecycle import Stage
 from proto.request import FinishReason, SamplingParams
@@ -106,9 +107,16 @@ async def test_an_attach_to_a_try_that_is_over_revives_nothing(pod: Pod, local: 
 
 async def test_an_attach_after_its_prefill_worker_has_withdrawn_is_told_so(pod: Pod) -> None:
     p, d = await pod.prefill(), await pod.decode()
-    request = make_request(1, prompt_of(200))
+    request, is_sending = make_request(1, prompt_of(200)), asyncio.Event()
+
+    def without_seal(message: HandoffMessage) -> list[HandoffMessage]:
+        if isinstance(message, Frame):  # so D has reserved, and waits for the rest
+            is_sending.set()
+        return [] if isinstance(message, Seal) else [message]
+
+    pod.forth = without_seal
     p.tier.handle(Prefill(request, FIRST, d.peer, LEASE_S))
-    await p.router.until(lambda: Stage.STREAMING in p.router.stages())
+    await is_sending.wait()
     p.tier.handle(Abort(request.id, FIRST))
     await until_idle(p)
     await until_idle(d)
