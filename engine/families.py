@@ -7,7 +7,7 @@ of tensors.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from engine.config_file import ConfigFile
 from engine.rope import KINDS, RopeSpec, yarn_attention_factor
@@ -16,7 +16,12 @@ from proto.errors import CheckpointError, UnsupportedModel
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelSpec:
-    """One decoder. ``windows`` has an entry per layer: the sliding window in tokens, or None for full attention."""
+    """One decoder. ``windows`` has an entry per layer: the sliding window in tokens, or None for full attention.
+
+    ``attention_scale`` multiplies queries times keys, ``embedding_scale`` the embeddings. ``norm_offset`` is added to
+    the weights of norms. With ``has_post_norms`` what attention and MLP give is normed before it is added to the
+    residual stream. Soft caps: of attention's scores, and of the logits.
+    """
 
     architecture: str
     vocab_size: int
@@ -35,6 +40,12 @@ class ModelSpec:
     qk_norm: bool
     tie_embeddings: bool
     max_position: int
+    attention_scale: float
+    attention_soft_cap: float | None = None
+    logit_soft_cap: float | None = None
+    embedding_scale: float = 1.0
+    norm_offset: float = 0.0
+    has_post_norms: bool = False
 
     @property
     def num_layers(self) -> int:
@@ -95,11 +106,35 @@ def _qwen3(name: str, config: ConfigFile) -> ModelSpec:
     )
 
 
+def _gemma2(name: str, config: ConfigFile) -> ModelSpec:
+    bias = config.flag("attention_bias", False)
+    spec = _spec(
+        name,
+        config,
+        windows=_gemma2_windows(config),
+        head_dim=config.whole("head_dim", 256),
+        activation=config.text("hidden_activation", "gelu_pytorch_tanh"),
+        qkv_bias=bias,
+        o_bias=bias,
+        tie_embeddings=config.flag("tie_word_embeddings", True),
+    )
+    return replace(
+        spec,
+        attention_scale=config.number("query_pre_attn_scalar", 256.0) ** -0.5,
+        attention_soft_cap=_soft_cap(config, "attn_logit_softcapping", 50.0),
+        logit_soft_cap=_soft_cap(config, "final_logit_softcapping", 30.0),
+        embedding_scale=spec.hidden_size**0.5,
+        norm_offset=1.0,
+        has_post_norms=True,
+    )
+
+
 FAMILIES: dict[str, Callable[[str, ConfigFile], ModelSpec]] = {
     "LlamaForCausalLM": _llama,
     "MistralForCausalLM": _mistral,
     "Qwen2ForCausalLM": _qwen2,
     "Qwen3ForCausalLM": _qwen3,
+    "Gemma2ForCausalLM": _gemma2,
 }
 
 
@@ -113,6 +148,8 @@ def _spec(
     o_bias: bool = False,
     mlp_bias: bool = False,
     qk_norm: bool = False,
+    activation: str | None = None,
+    tie_embeddings: bool | None = None,
 ) -> ModelSpec:
     """What every family shares."""
     hidden, heads = config.whole("hidden_size"), config.whole("num_attention_heads")
@@ -120,6 +157,7 @@ def _spec(
     if not heads or not kv_heads or heads % kv_heads:
         raise CheckpointError(f"{config.name}: {heads} attention heads cannot share {kv_heads} key/value heads.")
     max_position = config.whole("max_position_embeddings", 2048)
+    head_dim = head_dim or config.whole("head_dim", hidden // heads)
     return ModelSpec(
         architecture=name,
         vocab_size=config.whole("vocab_size"),
@@ -127,17 +165,18 @@ def _spec(
         intermediate_size=config.whole("intermediate_size"),
         num_heads=heads,
         kv_heads=kv_heads,
-        head_dim=head_dim or config.whole("head_dim", hidden // heads),
+        head_dim=head_dim,
         windows=windows,
         rope=_read_rope(config, max_position),
         norm_eps=config.number("rms_norm_eps", 1e-6),
-        activation=config.text("hidden_act", "silu"),
+        activation=activation or config.text("hidden_act", "silu"),
         qkv_bias=qkv_bias,
         o_bias=o_bias,
         mlp_bias=mlp_bias,
         qk_norm=qk_norm,
-        tie_embeddings=config.flag("tie_word_embeddings", False),
+        tie_embeddings=config.flag("tie_word_embeddings", False) if tie_embeddings is None else tie_embeddings,
         max_position=max_position,
+        attention_scale=head_dim**-0.5,
     )
 
 
@@ -152,12 +191,29 @@ def _qwen_windows(config: ConfigFile) -> tuple[int | None, ...]:
         return (None,) * num_layers
     window = config.whole("sliding_window", 4096)
     if config.has("layer_types"):
-        kinds = config.texts("layer_types")
-        if len(kinds) != num_layers:
-            raise CheckpointError(f"{config.name}: layer_types has {len(kinds)} entries for {num_layers} layers.")
-        return tuple(window if kind == "sliding_attention" else None for kind in kinds)
+        return _typed_windows(config, window)
     first = config.whole("max_window_layers", 28)
     return tuple(window if layer >= first else None for layer in range(num_layers))
+
+
+def _gemma2_windows(config: ConfigFile) -> tuple[int | None, ...]:
+    """Every second layer slides, the first one too; ``layer_types`` overrules."""
+    window = config.whole("sliding_window", 4096)
+    if config.has("layer_types"):
+        return _typed_windows(config, window)
+    return tuple(None if layer % 2 else window for layer in range(config.whole("num_hidden_layers")))
+
+
+def _typed_windows(config: ConfigFile, window: int) -> tuple[int | None, ...]:
+    num_layers, kinds = config.whole("num_hidden_layers"), config.texts("layer_types")
+    if len(kinds) != num_layers:
+        raise CheckpointError(f"{config.name}: layer_types has {len(kinds)} entries for {num_layers} layers.")
+    return tuple(window if kind == "sliding_attention" else None for kind in kinds)
+
+
+def _soft_cap(config: ConfigFile, key: str, default: float) -> float | None:
+    """None where the file says null."""
+    return config.number(key, default) if config.has(key) or not config.states(key) else None
 
 
 def _read_rope(config: ConfigFile, max_position: int) -> RopeSpec:

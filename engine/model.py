@@ -7,6 +7,7 @@ Knows tensors and blocks; knows nothing of requests, schedules or sampling.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -45,7 +46,7 @@ class Attention:
     def __init__(self, spec: ModelSpec, layer: int, source: WeightSource, kernels: Kernels) -> None:
         self._kernels = kernels
         self._layer = layer
-        self._spec = AttentionSpec(scale=spec.head_dim**-0.5, window=spec.windows[layer])
+        self._spec = AttentionSpec(spec.attention_scale, spec.windows[layer], spec.attention_soft_cap)
         self._heads, self._kv_heads, self._head_dim = spec.num_heads, spec.kv_heads, spec.head_dim
         name = f"model.layers.{layer}.self_attn"
         query, kv = spec.num_heads * spec.head_dim, spec.kv_heads * spec.head_dim
@@ -54,7 +55,7 @@ class Attention:
         self._out = _linear(kernels, source, [f"{name}.o_proj"], spec.hidden_size, query, spec.o_bias)
         self._norm: HeadNorm | None = None
         if spec.qk_norm:
-            q_norm, k_norm = (source.take([f"{name}.{part}_norm.weight"], (spec.head_dim,)) for part in "qk")
+            q_norm, k_norm = (_norm(spec, source, f"{name}.{part}_norm", spec.head_dim) for part in "qk")
             weight = torch.cat(
                 (q_norm.expand(spec.num_heads, spec.head_dim), k_norm.expand(spec.kv_heads, spec.head_dim))
             )
@@ -102,10 +103,18 @@ class Layer:
     def __init__(self, spec: ModelSpec, layer: int, source: WeightSource, kernels: Kernels) -> None:
         self._kernels = kernels
         self._eps = spec.norm_eps
-        name, shape = f"model.layers.{layer}", (spec.hidden_size,)
-        self._attention_norm = source.take([f"{name}.input_layernorm.weight"], shape)
+        norm = partial(_norm, spec, source, size=spec.hidden_size)
+        name = f"model.layers.{layer}"
+        self._attention_norm = norm(f"{name}.input_layernorm")
         self._attention = Attention(spec, layer, source, kernels)
-        self._mlp_norm = source.take([f"{name}.post_attention_layernorm.weight"], shape)
+        self._after_attention: Tensor | None = None
+        self._after_mlp: Tensor | None = None
+        if spec.has_post_norms:
+            self._after_attention = norm(f"{name}.post_attention_layernorm")
+            self._mlp_norm = norm(f"{name}.pre_feedforward_layernorm")
+            self._after_mlp = norm(f"{name}.post_feedforward_layernorm")
+        else:
+            self._mlp_norm = norm(f"{name}.post_attention_layernorm")
         self._mlp = GatedMlp(spec, layer, source, kernels)
 
     def __call__(
@@ -126,8 +135,12 @@ class Layer:
         heads = self._attention(x, batch, places, kv)
         if only is not None:
             heads, residual = heads[only], residual[only]
-        x, residual = add_norm(self._attention.project(heads), residual, self._mlp_norm, self._eps)
-        return self._mlp(x), residual
+        x = self._normed(self._attention.project(heads), self._after_attention)
+        x, residual = add_norm(x, residual, self._mlp_norm, self._eps)
+        return self._normed(self._mlp(x), self._after_mlp), residual
+
+    def _normed(self, x: Tensor, weight: Tensor | None) -> Tensor:
+        return x if weight is None else self._kernels.add_norm(x, None, weight, self._eps)[0]
 
 
 class Decoder:
@@ -149,19 +162,31 @@ class Decoder:
             self._head = _linear(kernels, source, ["lm_head"], *table, bias=False)
             self._embedding = DenseLinear(source.take(["model.embed_tokens.weight"], table), None)
         self._layers = [Layer(spec, layer, source, kernels) for layer in range(spec.num_layers)]
-        self._norm = source.take(["model.norm.weight"], (spec.hidden_size,))
+        self._norm = _norm(spec, source, "model.norm", spec.hidden_size)
+        # Rounded as the embeddings are, which were trained with it so.
+        self._embedding_scale = float(torch.tensor(spec.embedding_scale, dtype=source.dtype))
 
     @torch.inference_mode()
     def forward(self, step: StepInputs, kv: PagedKv, out: Tensor | None = None) -> Tensor:
         """float32 logits ``[len(step.logit_rows), vocab_size]``, in ``out`` if given. Writes all tokens' KV."""
         places = Places(*self._rope.angles(step.positions), step.blocks, step.offsets)
         x, residual = self._embedding.rows(step.tokens), None
+        if self._embedding_scale != 1.0:
+            x = x * self._embedding_scale
         for layer in self._layers[:-1]:
             x, residual = layer(x, residual, step.batch, places, kv)
         x, residual = self._layers[-1](x, residual, step.batch, places, kv, only=step.logit_rows)
         x, _ = self.kernels.add_norm(x, residual, self._norm, self.spec.norm_eps)
         logits = self._head(x)
+        if (cap := self.spec.logit_soft_cap) is not None:
+            logits = cap * torch.tanh(logits.float() / cap)
         return logits.float() if out is None else out.copy_(logits)
+
+
+def _norm(spec: ModelSpec, source: WeightSource, name: str, size: int) -> Tensor:
+    """A norm's weights. A sum with an offset stays in float32: it would lose what was added."""
+    weight = source.take([f"{name}.weight"], (size,))
+    return weight.float() + spec.norm_offset if spec.norm_offset else weight
 
 
 def _linear(kernels: Kernels, source: WeightSource, names: list[str], rows: int, columns: int, bias: bool) -> Product:

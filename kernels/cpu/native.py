@@ -53,7 +53,7 @@ class NativeKernels:
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         tokens, heads, n = (x.shape[0], 1, x.shape[1]) if x.dim() == 2 else x.shape
-        if n % 16 or not _is_dense(x):
+        if n % 16 or not _is_dense(x) or weight.dtype != x.dtype:
             normed, _ = self._other.add_norm(x, None, weight, eps)
             return normed
         out = torch.empty(x.shape, dtype=x.dtype)

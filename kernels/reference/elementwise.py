@@ -19,7 +19,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """Root-mean-square norm over the last dimension, scaled by ``weight`` (broadcast over the leading dimensions).
 
-    The mean is taken in float32, as the checkpoints were trained.
+    The mean is taken in float32, as the checkpoints were trained. ``weight`` may be float32 whatever ``x`` is.
     """
     if weight.dim() == 1 and x.dtype == torch.float32:
         return F.rms_norm(x, weight.shape, weight, eps)

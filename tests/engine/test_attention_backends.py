@@ -53,9 +53,11 @@ def serve(folder: Path, attention: str, kv: str, prompts: list[list[int]]) -> di
 
 
 @pytest.mark.parametrize("kv", ["auto", "fp8"])
-@pytest.mark.parametrize("overrides", [{}, WINDOW], ids=["full", "window"])
-def test_tokens_are_those_of_torch(overrides: dict[str, object], kv: str, tmp_path: Path) -> None:
-    folder = make_checkpoint(tmp_path, "qwen2", **overrides)
+@pytest.mark.parametrize(
+    ("family", "overrides"), [("qwen2", {}), ("qwen2", WINDOW), ("gemma2", {})], ids=["full", "window", "soft-capped"]
+)
+def test_tokens_are_those_of_torch(family: str, overrides: dict[str, object], kv: str, tmp_path: Path) -> None:
+    folder = make_checkpoint(tmp_path, family, **overrides)
     generator = torch.Generator().manual_seed(3)
     prompts = [torch.randint(5, 320, (length,), generator=generator).tolist() for length in (1, 17, 60)]
     prompts.append(prompts[2][:50])

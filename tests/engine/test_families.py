@@ -73,11 +73,24 @@ def test_windows_per_layer() -> None:
         read("qwen3", use_sliding_window=True, layer_types=kinds, num_hidden_layers=3)
 
 
+def test_gemma2_slides_in_every_second_layer_and_caps_its_scores() -> None:
+    names = ("attn_logit_softcapping", "final_logit_softcapping", "query_pre_attn_scalar", "hidden_activation")
+    usual = read("gemma2", sliding_window="absent", num_hidden_layers=3, **dict.fromkeys(names, "absent"))
+    assert usual.windows == (4096, None, 4096)
+    assert (usual.attention_soft_cap, usual.logit_soft_cap) == (50.0, 30.0)
+    assert (usual.attention_scale, usual.embedding_scale, usual.norm_offset) == (1 / 16, 8.0, 1.0)
+    assert (usual.activation, usual.tie_embeddings, usual.has_post_norms) == ("gelu_pytorch_tanh", True, True)
+    other = read("gemma2", attn_logit_softcapping=None, final_logit_softcapping=7, query_pre_attn_scalar=64)
+    assert (other.attention_soft_cap, other.logit_soft_cap, other.attention_scale) == (None, 7.0, 1 / 8)
+    assert read("gemma2", layer_types=["full_attention", "sliding_attention"]).windows == (None, 24)
+
+
 def test_families_differ_where_they_should() -> None:
     llama, qwen2, qwen3 = read(), read("qwen2"), read("qwen3")
     assert (llama.qkv_bias, llama.o_bias, llama.qk_norm) == (False, False, False)
     assert (qwen2.qkv_bias, qwen2.o_bias, qwen2.qk_norm) == (True, False, False)
     assert (qwen3.qkv_bias, qwen3.o_bias, qwen3.qk_norm) == (False, False, True)
+    assert (llama.attention_soft_cap, llama.norm_offset, llama.attention_scale) == (None, 0.0, 1 / 4)
     biased = read(attention_bias=True, mlp_bias=True)
     assert (biased.qkv_bias, biased.o_bias, biased.mlp_bias) == (True, True, True)
 

@@ -29,6 +29,7 @@ WINDOW = {"use_sliding_window": True, "sliding_window": 24, "max_window_layers":
 DYNAMIC = {"max_position_embeddings": 64, "rope_scaling": {"rope_type": "dynamic", "factor": 8.0}}
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "tiles": ("qwen3", {"head_dim": 32, "tie_word_embeddings": True}),
+    "soft-capped": ("gemma2", {}),
     "odd-sizes": ("qwen3", {"head_dim": 24, "intermediate_size": 72}),
     "window": ("qwen2", {"head_dim": 32, **WINDOW}),
     "biases-gelu-dynamic": ("llama", {"attention_bias": True, "hidden_act": "gelu_pytorch_tanh", **DYNAMIC}),

@@ -39,6 +39,16 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
         "qwen2",
         {"use_sliding_window": True, "sliding_window": 24, "max_window_layers": 1, "num_hidden_layers": 3},
     ),
+    "gemma2": ("gemma2", {"num_hidden_layers": 3}),
+    "gemma2-uncapped": (
+        "gemma2",
+        {
+            "attn_logit_softcapping": None,
+            "final_logit_softcapping": None,
+            "layer_types": ["full_attention", "sliding_attention"],
+            "hidden_activation": "silu",
+        },
+    ),
     "qwen3": ("qwen3", {"head_dim": 32}),
     "qwen3-layer-types": (
         "qwen3",

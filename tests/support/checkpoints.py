@@ -36,6 +36,15 @@ _FAMILIES: dict[str, dict[str, Any]] = {
     "mistral": {"architectures": ["MistralForCausalLM"], "sliding_window": None},
     "qwen2": {"architectures": ["Qwen2ForCausalLM"], "use_sliding_window": False},
     "qwen3": {"architectures": ["Qwen3ForCausalLM"], "use_sliding_window": False, "attention_bias": False},
+    "gemma2": {
+        "architectures": ["Gemma2ForCausalLM"],
+        "hidden_activation": "gelu_pytorch_tanh",
+        "sliding_window": 24,
+        "query_pre_attn_scalar": 20,
+        "attn_logit_softcapping": 8.0,
+        "final_logit_softcapping": 5.0,
+        "tie_word_embeddings": True,
+    },
 }
 _SHAPE: dict[str, Any] = {
     "hidden_size": 64,
@@ -83,8 +92,9 @@ def make_checkpoint(
 ) -> Path:
     """Writes config, weights, tokenizer, chat template and generation config; returns ``directory``.
 
-    ``family``: llama, mistral, qwen2 or qwen3. ``overrides`` are entries of config.json (``None`` is written as null),
-    such as ``num_hidden_layers``, ``rope_scaling``, ``sliding_window``, ``vocab_size`` (default: the tokenizer's).
+    ``family``: llama, mistral, qwen2, qwen3 or gemma2. ``overrides`` are entries of config.json (``None`` is written as
+    null), such as ``num_hidden_layers``, ``rope_scaling``, ``sliding_window``, ``vocab_size`` (default: the
+    tokenizer's).
     """
     directory.mkdir(parents=True, exist_ok=True)
     config = make_config(family, dtype=dtype, **overrides)
@@ -123,7 +133,8 @@ def _make_weights(config: dict[str, Any], seed: int, dtype: torch.dtype) -> dict
             weights[f"{name}.bias"] = normal(rows, std=0.2)
 
     def norm(name: str, size: int) -> None:
-        weights[f"{name}.weight"] = (1 + 0.1 * torch.randn(size, generator=generator)).to(dtype)
+        around = 0 if family == "gemma2" else 1
+        weights[f"{name}.weight"] = (around + 0.1 * torch.randn(size, generator=generator)).to(dtype)
 
     linear("model.embed_tokens", config["vocab_size"], hidden)
     for layer in range(config["num_hidden_layers"]):
@@ -137,6 +148,9 @@ def _make_weights(config: dict[str, Any], seed: int, dtype: torch.dtype) -> dict
             norm(f"{prefix}.self_attn.q_norm", head_dim)
             norm(f"{prefix}.self_attn.k_norm", head_dim)
         norm(f"{prefix}.post_attention_layernorm", hidden)
+        if family == "gemma2":
+            norm(f"{prefix}.pre_feedforward_layernorm", hidden)
+            norm(f"{prefix}.post_feedforward_layernorm", hidden)
         linear(f"{prefix}.mlp.gate_proj", inner, hidden, mlp_bias)
         linear(f"{prefix}.mlp.up_proj", inner, hidden, mlp_bias)
         linear(f"{prefix}.mlp.down_proj", hidden, inner, mlp_bias)
