@@ -26,7 +26,7 @@ VOCABULARY = 1024
 STEPS = 5000
 LATE = 0.54
 """The part of the steps after which the learning rates fall, and what takes longest is practised most."""
-REFINEMENTS = (0.24, 0.24, 0.12)
+REFINEMENTS = (0.24, 0.24, 0.12, 0.28, 0.2, 0.2)
 """How many steps follow in each, as parts of the first ones."""
 _ROWS_PER_STEP = 40
 
@@ -45,7 +45,7 @@ def main() -> int:
         trainer = _trainer(part, given.work, tokenizer, steps)
         _say(f"{part}: {sum(p.numel() for p in trainer.network.parameters()):,} weights, at step {trainer.step}")
         trainer.run(_say, until=given.until)
-        export(trainer.network, tokenizer, given.work / "out" / ("" if part == "model" else part))
+        export(trainer.result(), tokenizer, given.work / "out" / ("" if part == "model" else part))
     return 0
 
 

@@ -1,7 +1,8 @@
 """Trains a network on the corpus. Seeded; resumable: what is needed to go on is saved every few minutes.
 
 The learning rate warms up, stays, and falls to nothing over the last part of the steps. Then, from a part of its
-height, it falls again and again, while the samples are mostly of what has not been learnt by then.
+height, it falls again and again, while the samples are mostly of what has not been learnt by then. Each of those makes
+some skills a little better and others a little worse: the result is the mean of what the last few ended with.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from itertools import accumulate
 from pathlib import Path
 
 import torch
@@ -32,7 +34,7 @@ _SAVE_EVERY_S = 60.0
 @dataclass(frozen=True, slots=True)
 class Recipe:
     """``cool_down``: the part of the first ``steps`` over which the learning rates fall. ``refinements``: how
-    many steps each of those has that follow.
+    many steps each of those has that follow. ``num_averaged``: of how many the ends' mean is the result.
 
     Rates: of matrices, of the rest.
     """
@@ -43,10 +45,16 @@ class Recipe:
     matrix_rate: float = 5e-3
     other_rate: float = 4e-3
     cool_down: float = 0.35
+    num_averaged: int = 3
 
     @property
     def all_steps(self) -> int:
         return self.steps + sum(self.refinements)
+
+    @property
+    def ends(self) -> tuple[int, ...]:
+        """The steps at which the rates have fallen to nothing."""
+        return tuple(accumulate(self.refinements, initial=self.steps))
 
     def rate(self, step: int) -> float:
         """The share of the full learning rate at ``step``."""
@@ -80,6 +88,7 @@ class Trainer:
         self.num_tokens = 0
         self.seconds = 0.0
         self._since = 0.0
+        self._ends: list[dict[str, Tensor]] = []
         self._recipe, self._tokenizer, self._file, self._device = recipe, tokenizer, file, device
         matrices = [p for name, p in self.network.named_parameters() if p.ndim == 2 and "embed" not in name]
         others = [p for name, p in self.network.named_parameters() if p.ndim != 2 or "embed" in name]
@@ -109,6 +118,8 @@ class Trainer:
                 num_tokens = sum(batch.tokens.numel() for batch in batches)
                 seen, steps = seen + num_tokens, steps + 1
                 self.step, self.num_tokens = self.step + 1, self.num_tokens + num_tokens
+                if self.step in self._recipe.ends:
+                    self._keep_end()
                 now = time.monotonic()
                 if self.step % 10 == 0:
                     rate = seen / (now - started)
@@ -118,6 +129,17 @@ class Trainer:
                     saved = now
                     self._save()
         self._save()
+
+    def result(self) -> Network:
+        """The mean of the last ends; before any, the network as it is."""
+        network = Network(self.network.shape)
+        ends = self._ends or [self.network.state_dict()]
+        network.load_state_dict({name: sum(end[name].cpu() for end in ends) / len(ends) for name in ends[0]})
+        return network
+
+    def _keep_end(self) -> None:
+        weights = {name: weight.clone() for name, weight in self.network.state_dict().items()}
+        self._ends = [*self._ends, weights][-self._recipe.num_averaged :]
 
     def _learn(self, batches: list[Batch]) -> float:
         """One step of the optimizers; the step's loss."""
@@ -150,7 +172,8 @@ class Trainer:
         draft = self._file.with_suffix(".draft")
         optimizers = [optimizer.state_dict() for optimizer, _ in self._optimizers]
         progress = {"step": self.step, "num_tokens": self.num_tokens, "seconds": self.seconds}
-        torch.save({**progress, "network": self.network.state_dict(), "optimizers": optimizers}, draft)
+        weights = {"network": self.network.state_dict(), "ends": self._ends}
+        torch.save({**progress, **weights, "optimizers": optimizers}, draft)
         draft.replace(self._file)
         about = {**progress, "recipe": asdict(self._recipe), "shape": asdict(self.network.shape)}
         self._file.with_suffix(".json").write_text(json.dumps(about, indent=2))
@@ -159,5 +182,6 @@ class Trainer:
         saved = torch.load(self._file, map_location=self._device, weights_only=True)
         self.step, self.num_tokens, self.seconds = saved["step"], saved["num_tokens"], saved["seconds"]
         self.network.load_state_dict(saved["network"])
+        self._ends = saved["ends"]
         for (optimizer, _), state in zip(self._optimizers, saved["optimizers"], strict=True):
             optimizer.load_state_dict(state)

@@ -60,6 +60,25 @@ def test_an_interrupted_run_ends_like_an_uninterrupted_one(tokenizer: Tokenizer,
     assert json.loads((tmp_path / "whole.json").read_text())["step"] == 4
 
 
+def test_the_result_is_the_mean_of_the_last_ends(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    shape = Shape(400, hidden=32, inner=64, layers=2, heads=2, kv_heads=1, head_dim=16)
+    plan = Plan(seed=3, rows=6, late_from=100, refined_from=(2, 3), context=512)
+    recipe = Recipe(2, (1, 1), plan, num_averaged=2)
+    file = tmp_path / "ends.pt"
+    ends = []
+    for step in (1, 2, 3, 4):  # taken up again each time: the ends are kept
+        trained = Trainer(shape, recipe, tokenizer, file, CPU)
+        trained.run(print, until=step)
+        ends.append({name: weight.clone() for name, weight in trained.network.state_dict().items()})
+        if step == 1:
+            assert torch.equal(trained.result().state_dict()["embed_tokens.weight"], ends[0]["embed_tokens.weight"]), (
+                "no end yet"
+            )
+    for name, weight in trained.result().state_dict().items():
+        assert torch.allclose(weight, (ends[2][name] + ends[3][name]) / 2)
+        assert not torch.equal(weight, ends[3][name])
+
+
 def test_the_rate_warms_up_stays_and_falls_to_nothing() -> None:
     recipe = Recipe(
         1000, (200, 100), Plan(seed=3, rows=6, late_from=100, refined_from=(1000, 1200), context=512), cool_down=0.25
