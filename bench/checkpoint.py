@@ -34,18 +34,36 @@ def write_checkpoint(folder: Path, shape: Shape, vocab_size: int, seed: int) -> 
     """
     from safetensors.torch import save_file
 
+    _make_empty(folder)
+    num_tokens = _write_tokenizer(folder, vocab_size)
+    weights = dict(_weights(shape, num_tokens, seed))
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    _write_configs(folder, shape, num_tokens)
+    return sum(weight.numel() for weight in weights.values())
+
+
+def write_description(folder: Path, shape: Shape, vocab_size: int) -> None:
+    """The same without weights, for ``--load-format dummy``. The vocabulary may have more than the tokenizer's tokens.
+
+    Raises SettingsError as ``write_checkpoint``.
+    """
+    _make_empty(folder)
+    _write_tokenizer(folder, vocab_size)
+    _write_configs(folder, shape, vocab_size)
+
+
+def _make_empty(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if any(folder.iterdir()):
             raise SettingsError(f"{folder} is not empty.")
     except OSError as error:
         raise SettingsError(f"{folder}: {error}") from error
-    num_tokens = _write_tokenizer(folder, vocab_size)
-    weights = dict(_weights(shape, num_tokens, seed))
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def _write_configs(folder: Path, shape: Shape, num_tokens: int) -> None:
     _write_json(folder / "config.json", _config(shape, num_tokens))
     _write_json(folder / "generation_config.json", {"bos_token_id": _BEGIN, "eos_token_id": _END})
-    return sum(weight.numel() for weight in weights.values())
 
 
 def _config(shape: Shape, num_tokens: int) -> dict[str, object]:
@@ -64,7 +82,7 @@ def _config(shape: Shape, num_tokens: int) -> dict[str, object]:
         "hidden_act": "silu",
         "rms_norm_eps": 1e-5,
         "rope_theta": 500000.0,
-        "tie_word_embeddings": True,
+        "tie_word_embeddings": shape.ties_embeddings,
         "attention_bias": False,
         "mlp_bias": False,
         "bos_token_id": _BEGIN,
@@ -96,6 +114,8 @@ def _weights(shape: Shape, num_tokens: int, seed: int) -> Iterator[tuple[str, to
         yield f"{prefix}.mlp.up_proj.weight", linear(shape.inner, shape.hidden)
         yield f"{prefix}.mlp.down_proj.weight", linear(shape.hidden, shape.inner)
     yield "model.norm.weight", torch.ones(shape.hidden, dtype=torch.bfloat16)
+    if not shape.ties_embeddings:
+        yield "lm_head.weight", linear(num_tokens, shape.hidden)
 
 
 def _write_tokenizer(folder: Path, vocab_size: int) -> int:

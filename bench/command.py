@@ -16,6 +16,7 @@ usage: tandem bench COMMAND [...]
   compare      print two saved results and their ratios
   checkpoint   write a model with random weights, to measure with
   chaos        run a stack, harm it under load, and judge every answer
+  gpu          measure this machine's GPU: kernels, steps, hand-offs, the stack
 
 `tandem bench COMMAND --help` shows a command's flags."""
 
@@ -32,7 +33,9 @@ def main(argv: Sequence[str], environ: Mapping[str, str] = os.environ) -> int:
             return _compare(argv[1:])
         case "checkpoint":
             return _checkpoint(argv[1:])
-    raise SettingsError(f"Unknown command {argv[0]!r}: `tandem bench` has serve, compare, checkpoint and chaos.")
+        case "gpu":
+            return _gpu(argv[1:])
+    raise SettingsError(f"Unknown command {argv[0]!r}: `tandem bench` has serve, compare, checkpoint, chaos and gpu.")
 
 
 def _serve(argv: Sequence[str], environ: Mapping[str, str]) -> int:
@@ -53,9 +56,19 @@ def _compare(argv: Sequence[str]) -> int:
 
 
 def _checkpoint(argv: Sequence[str]) -> int:
-    folder, shape, vocab_size, seed = read_checkpoint(argv)
-    from bench.checkpoint import write_checkpoint
+    wish = read_checkpoint(argv)
+    from bench.checkpoint import write_checkpoint, write_description
 
-    num_parameters = write_checkpoint(folder, shape, vocab_size, seed)
-    print(f"{folder}: {num_parameters / 1e6:.0f} million random parameters")
+    if not wish.has_weights:
+        write_description(wish.folder, wish.shape, wish.vocab_size)
+        print(f"{wish.folder}: a model without weights; serve it with --load-format dummy")
+        return 0
+    num_parameters = write_checkpoint(wish.folder, wish.shape, wish.vocab_size, wish.seed)
+    print(f"{wish.folder}: {num_parameters / 1e6:.0f} million random parameters")
     return 0
+
+
+def _gpu(argv: Sequence[str]) -> int:
+    from bench.gpu import command
+
+    return command.main(argv)

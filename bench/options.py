@@ -6,6 +6,7 @@ import argparse
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
@@ -33,6 +34,15 @@ KEY_NAMES = ("TANDEM_API_KEY", "OPENAI_API_KEY")
 _ENDPOINTS = {Backend.COMPLETIONS: "/v1/completions", Backend.CHAT: "/v1/chat/completions"}
 _VERSUS_ROUNDS = 4
 _GOODPUT_METRICS = ("ttft", "tpot", "e2el")
+
+
+@dataclass(frozen=True, slots=True)
+class CheckpointWish:
+    folder: Path
+    shape: Shape
+    vocab_size: int
+    seed: int
+    has_weights: bool
 
 
 class _Parser(argparse.ArgumentParser):
@@ -79,8 +89,7 @@ def read_compare(argv: Sequence[str]) -> tuple[Path, Path]:
     return given.a, given.b
 
 
-def read_checkpoint(argv: Sequence[str]) -> tuple[Path, Shape, int, int]:
-    """(folder, shape, vocabulary, seed)."""
+def read_checkpoint(argv: Sequence[str]) -> CheckpointWish:
     parser = _Parser(
         "tandem bench checkpoint",
         description="Writes a Llama checkpoint with random weights in Hugging Face's format: for speed, not for sense.",
@@ -89,8 +98,11 @@ def read_checkpoint(argv: Sequence[str]) -> tuple[Path, Shape, int, int]:
     parser.add_argument("--shape", choices=list(SHAPES), default="0.4b", help="(default: 0.4b)")
     parser.add_argument("--vocab-size", type=_whole(300), default=32000, metavar="N", help="(default: 32000)")
     parser.add_argument("--seed", type=_whole(0), default=0, metavar="N", help="(default: 0)")
+    parser.add_argument(
+        "--without-weights", action="store_true", help="all but the weights, for `tandem serve --load-format dummy`"
+    )
     given = parser.parse_args(argv)
-    return given.folder, SHAPES[given.shape], given.vocab_size, given.seed
+    return CheckpointWish(given.folder, SHAPES[given.shape], given.vocab_size, given.seed, not given.without_weights)
 
 
 def _serve_parser() -> argparse.ArgumentParser:

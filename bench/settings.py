@@ -132,11 +132,19 @@ class Shape:
     heads: int
     kv_heads: int
     head_dim: int
+    ties_embeddings: bool = True
+
+    @property
+    def num_matrix_weights(self) -> int:
+        """Of all layers' matrices: what a token is multiplied with, but for the head."""
+        heads = 2 * self.heads + 2 * self.kv_heads
+        return self.layers * self.hidden * (heads * self.head_dim + 3 * self.inner)
 
 
 SHAPES = {
     "11m": Shape(256, 688, 4, 8, 4, 32),
     "0.4b": Shape(896, 4864, 24, 14, 2, 64),
     "1b": Shape(2048, 8192, 16, 32, 8, 64),
+    "8b": Shape(4096, 14336, 32, 32, 8, 128, ties_embeddings=False),
 }
-"""By their size with a vocabulary of 32000."""
+"""By their size with a vocabulary of 32000 (8b: of 128256, as Llama 3.1's)."""

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from bench import checkpoint
-from bench.options import read_checkpoint
+from bench.options import CheckpointWish, read_checkpoint
 from bench.settings import SHAPES, Shape
 from proto.errors import SettingsError
 
@@ -55,6 +55,8 @@ def test_a_folder_with_something_in_it_is_left_alone(folder: Path) -> None:
 
 
 def test_the_flags() -> None:
-    assert read_checkpoint(["d", "--shape", "1b", "--seed", "3"]) == (Path("d"), SHAPES["1b"], 32000, 3)
+    wish = read_checkpoint(["d", "--shape", "1b", "--seed", "3"])
+    assert wish == CheckpointWish(Path("d"), SHAPES["1b"], 32000, 3, has_weights=True)
+    assert not read_checkpoint(["d", "--without-weights"]).has_weights
     with pytest.raises(SettingsError):
         read_checkpoint(["d", "--shape", "9t"])

@@ -196,7 +196,7 @@ async def test_a_server_without_models_wants_a_name() -> None:
 def test_the_commands_surface(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     assert command.main([]) == 2
     assert command.main(["--help"]) == 0
-    with pytest.raises(SettingsError, match="serve, compare, checkpoint and chaos"):
+    with pytest.raises(SettingsError, match="serve, compare, checkpoint, chaos and gpu"):
         command.main(["frob"])
     path = tmp_path / "a.json"
     path.write_text('{"request_throughput": 2.0}')

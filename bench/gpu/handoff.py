@@ -1,0 +1,173 @@
+"""Hand-offs between two processes on one device, by the workers' own sessions: how long the copy takes, and the rest.
+
+sender (a process)   memory ──┐ offer, places, seal over gRPC
+here                          └──▶ mapped; copied into our memory, summed there, adopted
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import statistics
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from bench.gpu.figures import Entry, Figure, Goal
+from bench.gpu.lab import Lab
+from bench.gpu.sender import DECODE
+from engine import device_blocks
+from engine.device_blocks import BlockKernels, CudaLane, DeviceBlocks
+from engine.kv_memory import KvMemory
+from kvtransfer.fences import FenceTable
+from kvtransfer.session import ReceiveSession
+from kvtransfer.transport import BlockStore, Link
+from kvtransfer.transports import grpc as grpc_link
+from kvtransfer.transports.choice import payload_readers
+from proto.handoff import Fence, Offer, Seal
+from proto.ids import BlockId
+from proto.layout import KvLayout, MemoryExport
+from service.rpc import serve
+
+BLOCK_SIZE = 16
+_COUNT = 9
+_NOT_COUNTED = 2
+_COPY = Goal(0.6)
+
+
+def measure(lab: Lab) -> Iterator[Entry]:
+    shape = lab.sizes.model
+    layout = KvLayout(shape.layers, BLOCK_SIZE, shape.kv_heads, shape.head_dim, "bfloat16", "")
+    num_blocks = lab.sizes.handoff_tokens // BLOCK_SIZE
+    store = _Store(layout, num_blocks, lab.device)
+    transport = "cuda_ipc" if lab.is_gpu else "shm"
+    durations = asyncio.run(_receive(store, transport, num_blocks, lab.device.type))[_NOT_COUNTED:]
+    store.memory.close()
+    size = num_blocks * layout.block_bytes
+    whole = statistics.median(durations)
+    case = f"{lab.sizes.handoff_tokens} tokens ({size / 2**20:,.0f} MiB) by {transport}"
+    if lab.is_gpu:
+        copied = store.spans.seconds("copy", _COUNT, _NOT_COUNTED)
+        summed = store.spans.seconds("sum", _COUNT, _NOT_COUNTED)
+        rate = 2 * size / copied
+        of = f"copy's {lab.ceilings.bytes_per_s / 1e9:,.0f} GB/s, read and written"
+        yield Figure(f"{case}: the copy", copied * 1e3, "ms", rate / lab.ceilings.bytes_per_s, of, _COPY)
+        yield Figure(f"{case}: checksums", summed * 1e3, "ms", summed / copied, "the copy's time")
+        control = whole - copied - summed
+        yield Figure(f"{case}: control", control * 1e3, "ms", control / whole, "the whole")
+    yield Figure(f"{case}: from grant to adoption, {whole * 1e3:,.4g} ms", size / whole / 1e9, "GB/s")
+
+
+@dataclass
+class _Spans:
+    """Device time of each kind of work, by events around it."""
+
+    events: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = field(default_factory=list)
+
+    def around(self, kind: str, work: Callable[..., Tensor | None]) -> Callable[..., Tensor | None]:
+        def timed(*args: Tensor) -> Tensor | None:
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+            begin.record()
+            result = work(*args)
+            end.record()
+            self.events.append((kind, begin, end))
+            return result
+
+        return timed
+
+    def seconds(self, kind: str, num_handoffs: int, skipped: int) -> float:
+        """The median of the hand-offs' totals, the first ``skipped`` left out. All have as many launches."""
+        times = [begin.elapsed_time(end) / 1000 for name, begin, end in self.events if name == kind]
+        each = len(times) // num_handoffs
+        return float(statistics.median(sum(times[n * each : (n + 1) * each]) for n in range(skipped, num_handoffs)))
+
+
+class _Store:
+    """A decode worker's memory whose copies and sums are timed where it lies on a GPU. As ``BlockStore``."""
+
+    def __init__(self, layout: KvLayout, num_blocks: int, device: torch.device) -> None:
+        self.layout = layout
+        self.memory = KvMemory(layout, num_blocks, device)
+        self.spans = _Spans()
+        self._blocks: DeviceBlocks | None = None
+        if (plain := self.memory.on_device()) is not None:
+            kernels = device_blocks.choose(device, layout.block_bytes)
+            timed = BlockKernels(
+                self.spans.around("copy", kernels.copy_blocks),  # type: ignore[arg-type]
+                self.spans.around("sum", kernels.sum_blocks),  # type: ignore[arg-type]
+            )
+            self._blocks = DeviceBlocks(
+                plain.memory, num_blocks, layout.block_bytes, plain.nonce, lane=CudaLane(device), kernels=timed
+            )
+
+    def read(self, block: BlockId) -> memoryview:
+        return self.memory.read(block)
+
+    def write(self, block: BlockId, data: bytes | memoryview) -> None:
+        self.memory.write(block, data)
+
+    def export(self) -> MemoryExport | None:
+        return self.memory.export()
+
+    def on_device(self) -> DeviceBlocks | None:
+        return self._blocks
+
+
+@dataclass(frozen=True, slots=True)
+class _Room:
+    blocks: Sequence[BlockId]
+    num_present: int = 0
+
+
+class _Intake:
+    """Grants every offer the same blocks. ``durations``: seconds from grant to adoption."""
+
+    def __init__(self) -> None:
+        self.durations: list[float] = []
+        self.faults: list[str] = []
+
+    async def reserve(self, offer: Offer) -> _Room:
+        return _Room([BlockId(block) for block in range(len(offer.hashes))])
+
+    async def sealed(self, fence: Fence, seal: Seal) -> None:
+        pass
+
+    async def adopted(self, fence: Fence, seal: Seal, num_bytes: int, duration_s: float) -> None:
+        self.durations.append(duration_s)
+
+    async def freed(self, fence: Fence, num_verified: int, reason: str) -> None:
+        self.faults.append(reason)
+
+
+async def _receive(store: BlockStore, transport: str, num_blocks: int, device: str) -> list[float]:
+    """Seconds of each hand-off. Raises RuntimeError where one did not come about."""
+    intake, fences = _Intake(), FenceTable(DECODE, 600.0)
+    readers = payload_readers((transport,), DECODE)
+
+    async def on_link(link: Link) -> None:
+        await ReceiveSession(link, store, intake, fences, readers=readers).run()
+
+    server, port = await serve("127.0.0.1", 0, [grpc_link.handoff_handler(on_link)])
+    layout = store.layout
+    numbers = (_COUNT, layout.num_layers, layout.block_size, layout.kv_heads, layout.head_dim)
+    arguments = (f"127.0.0.1:{port}", device, transport, *map(str, numbers), layout.dtype, str(num_blocks))
+    root = str(Path(__file__).parents[2])
+    path = os.pathsep.join(part for part in (root, os.environ.get("PYTHONPATH")) if part)
+    sender = await asyncio.create_subprocess_exec(
+        sys.executable, "-m", "bench.gpu.sender", *arguments, env={**os.environ, "PYTHONPATH": path}
+    )
+    try:
+        status = await sender.wait()
+    finally:
+        if sender.returncode is None:
+            sender.kill()
+        for reader in readers:
+            reader.close()
+        await server.stop(None)
+    if status != 0 or len(intake.durations) != _COUNT:
+        raise RuntimeError(f"{len(intake.durations)} of {_COUNT} hand-offs, sender's status {status}; {intake.faults}")
+    return intake.durations

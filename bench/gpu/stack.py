@@ -1,0 +1,130 @@
+"""The whole stack on one device: a prefill and a decode worker against one process that does both in turns."""
+
+from __future__ import annotations
+
+import asyncio
+import http.client
+import importlib.util
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+from bench.gpu.engines import described
+from bench.gpu.figures import Entry, Figure, Missing
+from bench.gpu.lab import Lab
+from bench.serve import serve
+from bench.settings import Load, RandomData, Sampling, Saving, ServeSettings, Target, TokenChoice, Wanted
+from router.values import Json, JsonObject
+
+_NEEDED = ("fastapi", "redis", "uvicorn", "aiohttp")
+_START_S = 240.0
+_STOP_S = 30.0
+_SHARES = {"1P1D": ("--prefill=1", "--decode=1", "0.44"), "one process": ("--prefill=0", "--decode=1", "0.88")}
+"""Workers, and the share of the device's memory that each may use."""
+_METRICS = ("ttft", "itl", "tpot")
+
+
+def measure(lab: Lab) -> Iterator[Entry]:
+    lacking = [name for name in _NEEDED if importlib.util.find_spec(name) is None]
+    if lacking:
+        yield Missing("all", f"not installed here: {', '.join(lacking)}")
+        return
+    results: dict[tuple[str, float], Mapping[str, Json]] = {}
+    for name, (prefill, decode, share) in _SHARES.items():
+        with _stack(lab, prefill, decode, f"--gpu-memory-utilization={share}") as port:
+            for rate in lab.sizes.load.rates:
+                results[name, rate] = _offer(lab, port, rate)
+    load = lab.sizes.load
+    for rate in load.rates:
+        ours, other = (results[name, rate] for name in _SHARES)
+        what = f"{load.input_len} in, {load.output_len} out, {rate:g}/s"
+        for key, unit in (
+            ("p50_ttft_ms", "ms"),
+            ("p99_ttft_ms", "ms"),
+            ("p50_itl_ms", "ms"),
+            ("p99_itl_ms", "ms"),
+            ("request_goodput", "good requests/s"),
+        ):
+            value, theirs = (_number(result, key) for result in (ours, other))
+            case = f"{what}: {key.removesuffix('_ms').replace('_', ' ')}"
+            yield Figure(case, value, unit, value / theirs if theirs else None, f"{theirs:,.4g} in one process")
+        failed = sum(_number(result, "failed") for result in (ours, other))
+        yield Figure(f"{what}: failed requests", failed, "")
+
+
+def _number(result: Mapping[str, Json], key: str) -> float:
+    value = result.get(key)
+    return float(value) if isinstance(value, int | float) else 0.0
+
+
+@contextmanager
+def _stack(lab: Lab, *flags: str) -> Iterator[int]:
+    """A stack of the measured model, ready for requests at the port that is given."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    load = lab.sizes.load
+    root = str(Path(__file__).parents[2])
+    path = os.pathsep.join(part for part in (root, os.environ.get("PYTHONPATH")) if part)
+    wish = (
+        *(str(described(lab)), "--load-format=dummy", "--host=127.0.0.1", f"--port={port}"),
+        *(f"--max-model-len={load.input_len + load.output_len + 64}", "--disagg-threshold=0", "--log-level=warning"),
+        *(() if lab.is_gpu else ("--num-gpu-blocks-override=64", "--attention-backend=torch")),
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tandem", "serve", *wish, *flags],
+        env={**os.environ, "PYTHONPATH": path},
+        stdout=sys.stderr,
+    )
+    try:
+        _wait(process, port)
+        yield port
+    finally:
+        process.send_signal(signal.SIGTERM)
+        try:
+            process.wait(_STOP_S)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+
+
+def _wait(process: subprocess.Popen[bytes], port: int) -> None:
+    """Until it answers that it is ready. Raises RuntimeError where it does not come to that."""
+    deadline = time.monotonic() + _START_S
+    while time.monotonic() < deadline:
+        if process.poll() is not None:
+            raise RuntimeError(f"the stack ended with status {process.returncode}")
+        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
+        try:
+            connection.request("GET", "/ready")
+            if connection.getresponse().status == http.HTTPStatus.OK:
+                return
+        except OSError:
+            pass
+        finally:
+            connection.close()
+        time.sleep(0.5)
+    raise RuntimeError(f"the stack was not ready within {_START_S:.0f} s")
+
+
+def _offer(lab: Lab, port: int, rate: float) -> JsonObject:
+    load, file = lab.sizes.load, f"{port}-{rate}.json"
+    wish = ServeSettings(
+        target=Target(f"http://127.0.0.1:{port}"),
+        dataset=RandomData(load.input_len, load.output_len),
+        tokens=TokenChoice(vocab_size=lab.sizes.vocab_size),
+        load=Load(num_prompts=load.num_prompts, request_rate=rate, num_warmups=2, seed=int(rate * 100)),
+        sampling=Sampling(ignore_eos=True),
+        wanted=Wanted(_METRICS, (50.0, 99.0), {"ttft": load.max_ttft_ms, "tpot": load.max_tpot_ms}),
+        saving=Saving(lab.scratch, file),
+    )
+    asyncio.run(serve(wish, lambda text: None, lambda text: print(text, file=sys.stderr)))
+    result: JsonObject = json.loads((lab.scratch / file).read_text())
+    return result
