@@ -26,6 +26,7 @@ from router.values import Json, JsonObject
 _NEEDED = ("fastapi", "redis", "uvicorn", "aiohttp")
 _START_S = 240.0
 _STOP_S = 30.0
+_STDERR = 2
 _SHARES = {"1P1D": ("--prefill=1", "--decode=1", "0.44"), "one process": ("--prefill=0", "--decode=1", "0.88")}
 """Workers, and the share of the device's memory that each may use."""
 _METRICS = ("ttft", "itl", "tpot")
@@ -81,7 +82,7 @@ def _stack(lab: Lab, *flags: str) -> Iterator[int]:
     process = subprocess.Popen(
         [sys.executable, "-m", "tandem", "serve", *wish, *flags],
         env={**os.environ, "PYTHONPATH": path},
-        stdout=sys.stderr,
+        stdout=_STDERR,
     )
     try:
         _wait(process, port)
