@@ -23,6 +23,7 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Protocol
 
 from proto.errors import SetupError
@@ -138,7 +139,7 @@ async def _stop(service: Service, drain_timeout: float) -> bool:
         async with asyncio.timeout(drain_timeout):
             await service.stop()
     except TimeoutError:
-        log.error("gave up stopping in order after %g s", drain_timeout)
+        log.error("gave up stopping in order after %g s; still running: %s", drain_timeout, _still_running())
         return False
     except Exception:
         log.exception("could not stop in order")
@@ -146,6 +147,18 @@ async def _stop(service: Service, drain_timeout: float) -> bool:
     finally:
         _end_within(_STUCK_S)
     return True
+
+
+def _still_running() -> str:
+    """The event loop's other tasks, each by its name and where it waits."""
+    current = asyncio.current_task()
+    tasks = sorted((task for task in asyncio.all_tasks() if task is not current), key=lambda task: task.get_name())
+    return ", ".join(f"{task.get_name()} ({_place(task)})" for task in tasks) or "nothing else"
+
+
+def _place(task: asyncio.Task[object]) -> str:
+    frames = task.get_stack(limit=1)
+    return f"{Path(frames[0].f_code.co_filename).name}:{frames[0].f_lineno}" if frames else "ended"
 
 
 @contextmanager

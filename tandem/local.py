@@ -41,7 +41,8 @@ from tandem.supervisor import Child, ChildSpec, Say, Supervisor, restart_delay_s
 
 ROUTER = "router"
 _WORKER_ID = "TANDEM_WORKER_ID"
-_STOP_SLACK_S = 5.0
+_STOP_SLACK_S = 22.0
+"""Beyond its drain timeout. A process that is stuck ends by itself before, and says so (``service.process``)."""
 _PROBE_PAUSE_S = 0.1
 
 

@@ -118,7 +118,8 @@ class RedisLedger:
     async def close(self) -> None:
         """Drops the connections. May be called twice."""
         with contextlib.suppress(RedisError, OSError):
-            await self._redis.aclose()
+            async with asyncio.timeout(self._timeout_s):
+                await self._redis.aclose()
 
     async def __aenter__(self) -> RedisLedger:
         return self

@@ -114,7 +114,8 @@ class WorkerClient:
         duplex.start()
         duplex.send(hello)
         try:
-            welcome = await asyncio.wait_for(duplex.receive(), timeout_s)
+            async with asyncio.timeout(timeout_s):  # wait_for may lose a cancellation, in Python 3.11
+                welcome = await duplex.receive()
             self._check(welcome, hello)
         except BaseException as error:
             await duplex.aclose("no welcome")

@@ -145,7 +145,8 @@ class _Servicer:
 
 async def _first_message(duplex: Duplex[FromRouter, FromWorker]) -> Hello:
     try:
-        first = await asyncio.wait_for(duplex.receive(), HELLO_TIMEOUT_S)
+        async with asyncio.timeout(HELLO_TIMEOUT_S):
+            first = await duplex.receive()
     except TimeoutError:
         raise RemoteProtocolError(f"no Hello within {HELLO_TIMEOUT_S:g} s") from None
     if not isinstance(first, Hello):

@@ -90,7 +90,8 @@ async def test_twenty_clients_hang_up_midway(stack: Stack) -> None:
                 model="tiny", prompt="long " * 150, max_tokens=300, extra_body={"ignore_eos": True}
             )
             with pytest.raises(TimeoutError):
-                await asyncio.wait_for(ask, 0.02 * (number + 1))
+                async with asyncio.timeout(0.02 * (number + 1)):
+                    await ask
 
         await asyncio.gather(*(hang_up(number) for number in range(10)), *(vanish(number) for number in range(10)))
     await asyncio.to_thread(stack.assert_nothing_leaks)

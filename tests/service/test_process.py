@@ -98,12 +98,13 @@ async def test_a_second_signal_ends_the_process_even_if_its_loop_is_stuck() -> N
 
 
 async def test_draining_is_limited_in_time() -> None:
-    process = await launch(stop=FOREVER, drain_timeout=0.05)
+    straggler = "self.task = asyncio.create_task(asyncio.sleep(600), name='a straggler'); "
+    process = await launch(stop=straggler + FOREVER, drain_timeout=0.05)
     await process.until("run")
     process.signal(signal.SIGTERM)
     code, errors = await process.end()
     assert code == 1
-    assert "gave up stopping" in errors
+    assert "gave up stopping in order after 0.05 s; still running: a straggler (tasks.py:" in errors
 
 
 async def test_a_stop_that_blocks_the_event_loop_ends_too() -> None:

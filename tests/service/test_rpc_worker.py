@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import signal
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -12,12 +13,13 @@ from dataclasses import dataclass, field
 import grpc.aio
 import pytest
 
-from proto.control import Abort, FromRouter, Hello, Load, LoadReport, ModelCard, Role, Tokens, Welcome
+from proto.control import Abort, FromRouter, FromWorker, Hello, Load, LoadReport, ModelCard, Role, Tokens, Welcome
 from proto.errors import NoWorker, Overloaded, RemoteProtocolError
 from proto.health import HealthReport, Phase
 from proto.ids import Epoch, Generation, RequestId, WorkerId
 from proto.request import TokenOut
 from service.rpc import RouterStream, StreamClosed, WorkerClient, channel, serve, worker_handler
+from service.rpc.duplex import Duplex
 
 HELLO = Hello(Epoch("router"), Epoch(""), 1)
 WELCOME = Welcome(WorkerId("d0"), Epoch("e1"), Role.DECODE, 1)
@@ -143,6 +145,31 @@ async def test_another_incarnation_is_no_worker() -> None:
     async with worker(Recorder()) as client:
         with pytest.raises(NoWorker, match="another process"):
             await client.connect(Hello(Epoch("router"), Epoch("older"), 1))
+
+
+@pytest.mark.parametrize("expected", ["", "older"], ids=["welcome", "another incarnation"])
+async def test_a_cancellation_that_comes_with_the_answer_is_not_lost(
+    expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or whoever gives a worker up waits for ever for its task."""
+    original = Duplex.receive
+
+    async def receive_and_be_cancelled(self: Duplex[FromWorker, FromRouter]) -> FromWorker:
+        message = await original(self)
+        if isinstance(message, Welcome):
+            task.cancel()
+        return message
+
+    async def connect_and_go_on(client: WorkerClient) -> None:
+        with contextlib.suppress(NoWorker):
+            await client.connect(Hello(Epoch("router"), Epoch(expected), 1))
+        await asyncio.sleep(3600)
+
+    monkeypatch.setattr(Duplex, "receive", receive_and_be_cancelled)
+    async with worker(Recorder()) as client:
+        task = asyncio.create_task(connect_and_go_on(client))
+        await asyncio.wait([task], timeout=5)
+        assert task.cancelled()
 
 
 async def test_nobody_listening_is_no_worker() -> None:

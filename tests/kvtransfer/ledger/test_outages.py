@@ -57,7 +57,8 @@ async def black_hole() -> AsyncIterator[str]:
         server.close()
         for writer in connections:
             writer.close()
-            await asyncio.wait_for(asyncio.gather(writer.wait_closed(), return_exceptions=True), 10)
+            async with asyncio.timeout(10):
+                await asyncio.gather(writer.wait_closed(), return_exceptions=True)
 
 
 @pytest.mark.parametrize("on_port", [False, True])
