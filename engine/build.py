@@ -12,8 +12,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-import torch
-
 from engine import checkpoint, graphs, machine, sizing
 from engine.batch import Row, SampleSpec, StepBatch
 from engine.config_file import ConfigFile
@@ -196,20 +194,17 @@ def _available(
     limits: sizing.StepLimits,
     graph_sizes: Sequence[int],
 ) -> int:
-    """Bytes for KV memory. On a GPU: the share of the whole device, less what is in use and what a step needs."""
+    """Bytes for KV memory."""
     spec, device = found.spec, found.device
-    free = machine.available_memory(device)
     if device.type == "cpu":
-        return free
-    torch.cuda.empty_cache()
-    total = torch.cuda.get_device_properties(device).total_memory
+        return machine.available_memory(device)
     widest = (
         max(3 * spec.intermediate_size, (spec.num_heads + 2 * spec.kv_heads) * spec.head_dim * 3) + 4 * spec.hidden_size
     )
     per_token = widest * found.dtype.itemsize
     step = limits.max_num_batched_tokens * per_token + limits.max_num_seqs * spec.vocab_size * 4 * 6
     step += sizing.graph_bytes(graph_sizes, per_token, layout, spec.max_context, spec.vocab_size)
-    return max(0, int(total * settings.cache.gpu_memory_utilization) - (total - free) - step)
+    return sizing.device_room(machine.device_memory(device), settings.cache.gpu_memory_utilization, step)
 
 
 def _warm_up(runner: Runner | DeviceRunner, kv: KvMemory, facts: EngineFacts) -> None:

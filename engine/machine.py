@@ -8,7 +8,17 @@ from pathlib import Path
 
 import torch
 
+from engine.sizing import DeviceMemory
+
 _CGROUP = Path("/sys/fs/cgroup")
+_CONTEXT_BYTES = 768 << 20
+"""What a process has on a GPU beside torch's memory: its context and the kernels' code, estimated generously."""
+
+
+def device_memory(device: torch.device) -> DeviceMemory:
+    torch.cuda.empty_cache()
+    free, total = torch.cuda.mem_get_info(device)
+    return DeviceMemory(int(total), int(free), torch.cuda.memory_reserved(device) + _CONTEXT_BYTES)
 
 
 def available_memory(device: torch.device) -> int:

@@ -22,6 +22,15 @@ GRAPH_BYTES = 16 << 20
 
 
 @dataclass(frozen=True, slots=True)
+class DeviceMemory:
+    """Bytes of a GPU: all there are, free ones, and those that this process has taken."""
+
+    total: int
+    free: int
+    own: int
+
+
+@dataclass(frozen=True, slots=True)
 class StepLimits:
     max_num_seqs: int
     max_num_batched_tokens: int
@@ -127,6 +136,14 @@ def make_room(
             "raise kv_cache_memory_bytes or gpu_memory_utilization."
         )
     return Room(num_blocks, room, f"{reason}; max_model_len lowered from {length} to the {room} tokens that fit")
+
+
+def device_room(memory: DeviceMemory, utilization: float, needed: int) -> int:
+    """Bytes for KV memory on a GPU: this process's share of all there is, less what it has and what a step needs.
+
+    Never more than is free. Other processes on the device have shares of their own, and may take them at any time.
+    """
+    return max(0, min(int(memory.total * utilization) - memory.own, memory.free) - needed)
 
 
 def _kv_bytes(

@@ -11,7 +11,7 @@ import os
 import statistics
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -25,7 +25,7 @@ from engine.device_blocks import BlockKernels, CudaLane, DeviceBlocks
 from engine.kv_memory import KvMemory
 from kvtransfer.fences import FenceTable
 from kvtransfer.session import ReceiveSession
-from kvtransfer.transport import BlockStore, Link
+from kvtransfer.transport import Link
 from kvtransfer.transports import grpc as grpc_link
 from kvtransfer.transports.choice import payload_readers
 from proto.handoff import Fence, Offer, Seal
@@ -51,8 +51,8 @@ def measure(lab: Lab) -> Iterator[Entry]:
     whole = statistics.median(durations)
     case = f"{lab.sizes.handoff_tokens} tokens ({size / 2**20:,.0f} MiB) by {transport}"
     if lab.is_gpu:
-        copied = store.spans.seconds("copy", _COUNT, _NOT_COUNTED)
-        summed = store.spans.seconds("sum", _COUNT, _NOT_COUNTED)
+        copied = statistics.median(store.spans.seconds("copy")[_NOT_COUNTED:])
+        summed = statistics.median(store.spans.seconds("sum")[_NOT_COUNTED:])
         rate = 2 * size / copied
         of = f"copy's {lab.ceilings.bytes_per_s / 1e9:,.0f} GB/s, read and written"
         yield Figure(f"{case}: the copy", copied * 1e3, "ms", rate / lab.ceilings.bytes_per_s, of, _COPY)
@@ -62,11 +62,11 @@ def measure(lab: Lab) -> Iterator[Entry]:
     yield Figure(f"{case}: from grant to adoption, {whole * 1e3:,.4g} ms", size / whole / 1e9, "GB/s")
 
 
-@dataclass
 class _Spans:
-    """Device time of each kind of work, by events around it."""
+    """Device time of each kind of work, by events around it; hand-off by hand-off."""
 
-    events: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = field(default_factory=list)
+    def __init__(self) -> None:
+        self._handoffs: list[list[tuple[str, torch.cuda.Event, torch.cuda.Event]]] = [[]]
 
     def around(self, kind: str, work: Callable[..., Tensor | None]) -> Callable[..., Tensor | None]:
         def timed(*args: Tensor) -> Tensor | None:
@@ -74,16 +74,21 @@ class _Spans:
             begin.record()
             result = work(*args)
             end.record()
-            self.events.append((kind, begin, end))
+            self._handoffs[-1].append((kind, begin, end))
             return result
 
         return timed
 
-    def seconds(self, kind: str, num_handoffs: int, skipped: int) -> float:
-        """The median of the hand-offs' totals, the first ``skipped`` left out. All have as many launches."""
-        times = [begin.elapsed_time(end) / 1000 for name, begin, end in self.events if name == kind]
-        each = len(times) // num_handoffs
-        return float(statistics.median(sum(times[n * each : (n + 1) * each]) for n in range(skipped, num_handoffs)))
+    def next(self) -> None:
+        """The hand-off that was measured is over; its work has been done."""
+        self._handoffs.append([])
+
+    def seconds(self, kind: str) -> list[float]:
+        """Of each hand-off that is over."""
+        return [
+            sum(begin.elapsed_time(end) for name, begin, end in spans if name == kind) / 1000
+            for spans in self._handoffs[:-1]
+        ]
 
 
 class _Store:
@@ -126,7 +131,8 @@ class _Room:
 class _Intake:
     """Grants every offer the same blocks. ``durations``: seconds from grant to adoption."""
 
-    def __init__(self) -> None:
+    def __init__(self, spans: _Spans) -> None:
+        self._spans = spans
         self.durations: list[float] = []
         self.faults: list[str] = []
 
@@ -138,14 +144,15 @@ class _Intake:
 
     async def adopted(self, fence: Fence, seal: Seal, num_bytes: int, duration_s: float) -> None:
         self.durations.append(duration_s)
+        self._spans.next()
 
     async def freed(self, fence: Fence, num_verified: int, reason: str) -> None:
         self.faults.append(reason)
 
 
-async def _receive(store: BlockStore, transport: str, num_blocks: int, device: str) -> list[float]:
+async def _receive(store: _Store, transport: str, num_blocks: int, device: str) -> list[float]:
     """Seconds of each hand-off. Raises RuntimeError where one did not come about."""
-    intake, fences = _Intake(), FenceTable(DECODE, 600.0)
+    intake, fences = _Intake(store.spans), FenceTable(DECODE, 600.0)
     readers = payload_readers((transport,), DECODE)
 
     async def on_link(link: Link) -> None:

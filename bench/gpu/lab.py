@@ -30,11 +30,12 @@ class EventClock:
     """
 
     def __init__(self, device: torch.device, repeats: int) -> None:
-        self._capture = CudaCapture(device)
+        self._device = device
         self._repeats = repeats
 
     def seconds(self, works: Sequence[Work]) -> float:
-        replays = [self._replay(work) for work in works]
+        capture = CudaCapture(self._device)
+        replays = [_replay(capture, work) for work in works]
         spans: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
         for _ in range(self._repeats):
             for replay in replays:
@@ -46,17 +47,18 @@ class EventClock:
         torch.cuda.synchronize()
         return float(statistics.median(begin.elapsed_time(end) for begin, end in spans)) / 1000
 
-    def _replay(self, work: Work) -> Work:
-        def run() -> None:
-            work()
 
-        run()
+def _replay(capture: CudaCapture, work: Work) -> Work:
+    def run() -> None:
+        work()
+
+    run()
+    torch.cuda.synchronize()
+    try:
+        return capture(run)
+    except RuntimeError:
         torch.cuda.synchronize()
-        try:
-            return self._capture(run)
-        except RuntimeError:
-            torch.cuda.synchronize()
-            return work
+        return work
 
 
 class WallClock:

@@ -27,8 +27,9 @@ _NEEDED = ("fastapi", "redis", "uvicorn", "aiohttp")
 _START_S = 240.0
 _STOP_S = 30.0
 _STDERR = 2
-_SHARES = {"1P1D": ("--prefill=1", "--decode=1", "0.44"), "one process": ("--prefill=0", "--decode=1", "0.88")}
-"""Workers, and the share of the device's memory that each may use."""
+_WORKERS = {"1P1D": ("--prefill=1", "--decode=1"), "one process": ("--prefill=0", "--decode=1")}
+_MEMORY = "--gpu-memory-utilization=0.88"
+"""Of the device, for all workers together."""
 _METRICS = ("ttft", "itl", "tpot")
 
 
@@ -38,13 +39,13 @@ def measure(lab: Lab) -> Iterator[Entry]:
         yield Missing("all", f"not installed here: {', '.join(lacking)}")
         return
     results: dict[tuple[str, float], Mapping[str, Json]] = {}
-    for name, (prefill, decode, share) in _SHARES.items():
-        with _stack(lab, prefill, decode, f"--gpu-memory-utilization={share}") as port:
+    for name, workers in _WORKERS.items():
+        with _stack(lab, *workers, _MEMORY) as port:
             for rate in lab.sizes.load.rates:
                 results[name, rate] = _offer(lab, port, rate)
     load = lab.sizes.load
     for rate in load.rates:
-        ours, other = (results[name, rate] for name in _SHARES)
+        ours, other = (results[name, rate] for name in _WORKERS)
         what = f"{load.input_len} in, {load.output_len} out, {rate:g}/s"
         for key, unit in (
             ("p50_ttft_ms", "ms"),

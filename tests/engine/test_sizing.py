@@ -10,9 +10,11 @@ from engine.sizing import (
     DEFAULT_CPU_BYTES,
     GIB,
     GRAPH_BYTES,
+    DeviceMemory,
     Room,
     StepLimits,
     check_weights,
+    device_room,
     graph_bytes,
     make_room,
     step_limits,
@@ -110,3 +112,13 @@ def test_weights_against_memory() -> None:
         check_weights(num, 2 * num, "bfloat16", 8 * GIB, "cpu", "")
     with pytest.raises(DoesNotFit, match=r"x 0\.571 bytes \(awq\) = 3\.73 GiB.*take a smaller model or wait\."):
         check_weights(num, 4 * num // 7, "awq", 3 * GIB, "cuda", " or wait")
+
+
+def test_workers_that_share_a_gpu_get_what_their_shares_say() -> None:
+    gpu, weights, step = 80 * GIB, 16 * GIB, 2 * GIB
+    alone = DeviceMemory(gpu, free=gpu - weights, own=weights)
+    beside = DeviceMemory(gpu, free=gpu // 2 - weights, own=weights)
+    assert device_room(alone, 0.5, step) == gpu // 2 - weights - step
+    assert device_room(beside, 0.5, step) == gpu // 2 - weights - step, "the other's memory is not counted twice"
+    assert device_room(beside, 0.9, step) == beside.free - step, "never more than is free"
+    assert device_room(beside, 0.1, step) == 0
