@@ -104,7 +104,7 @@ def _serve(argv: Sequence[str]) -> int:
     from service import logs
     from service.process import run_service
     from tandem.builtin_model import NOTICE, with_some_model
-    from tandem.local import LocalStack, StackSettings, print_line
+    from tandem.local import LocalStack, StackSettings, print_line, print_ready
     from tandem.machine import this_machine
 
     wanted = resolved.engine()
@@ -116,7 +116,7 @@ def _serve(argv: Sequence[str]) -> int:
         settings,
         this_machine(),
         say=print_line,
-        on_ready=lambda ready: print(ready.describe(), flush=True),
+        on_ready=print_ready,
     )
     return run_service(stack, drain_timeout=settings.stop_timeout_s)
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import secrets
 import socket
 import sys
@@ -330,3 +331,11 @@ def print_line(name: str, line: str) -> None:
     text = f'{{"process": "{name}", {line[1:]}' if line.startswith('{"') else f"{name:<10} | {line}"
     with contextlib.suppress(OSError):
         print(text, file=sys.stderr, flush=True)
+
+
+def print_ready(ready: Ready) -> None:
+    """On stdout; what cannot be written is lost, here too, and so is all that comes after it."""
+    try:
+        print(ready.describe(), flush=True)
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

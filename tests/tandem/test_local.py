@@ -6,6 +6,8 @@ import asyncio
 import io
 import os
 import socket
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -112,6 +114,20 @@ def test_a_childs_line_that_cannot_be_written_harms_nobody(
         print_line("router", "nobody reads this")
         with pytest.raises(BrokenPipeError):
             stream.write("nor this")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a file on a disk that is full is Linux's")
+def test_ready_that_cannot_be_told_harms_nobody() -> None:
+    program = """
+from types import SimpleNamespace
+from tandem.local import Ready, print_ready
+
+print_ready(Ready("http://x", (SimpleNamespace(worker="d", address="a", num_blocks=1, block_size=1, model="m"),)))
+"""
+    told = subprocess.run([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True, check=True)
+    assert told.stdout.startswith("Ready: http://x")
+    with open("/dev/full", "w") as full:
+        subprocess.run([sys.executable, "-c", program], stdout=full, check=True)
 
 
 def test_ready_is_told_in_words() -> None:
