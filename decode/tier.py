@@ -67,7 +67,7 @@ class DecodeTier:
         self._done_lease_s = done_lease_s
         self._seats: dict[RequestId, Seat] = {}
         self._by_key: dict[RequestId, Seat] = {}
-        self._leases = Leases(self._lease_ended)
+        self._leases = Leases(self._lease_ended, routers.has_router_of)
         routers.subscribe(self._leases.router_left)
         self._orphaned = orphaned
         self._tasks = Tasks()

@@ -70,7 +70,7 @@ class PrefillTier:
         self._max_held = max_held
         self._jobs: dict[RequestId, Job] = {}
         self._by_key: dict[RequestId, Job] = {}
-        self._leases = Leases(self._lease_ended)
+        self._leases = Leases(self._lease_ended, routers.has_router_of)
         routers.subscribe(self._leases.router_left)
         self._orphaned = orphaned
         self._tasks = Tasks()

@@ -3,6 +3,8 @@
     granted ──renewed──▶ granted ... ──not renewed──▶ expired
                             └─ its router's stream ends: soon, unless the router comes back and renews it by name
 
+What is granted while the router is away, to a prefill worker's offer say, is for as short a time.
+
 Knows names and deadlines; what letting go means is the caller's.
 """
 
@@ -21,10 +23,20 @@ Orphaned = Callable[[RequestId, Generation], None]
 
 
 class Leases:
-    """One timer for all leases. ``on_expired`` is called once per lease that ran out, on the event loop."""
+    """One timer for all leases. ``on_expired`` is called once per lease that ran out, on the event loop.
 
-    def __init__(self, on_expired: Callable[[RequestId], None], *, away_s: float = ROUTER_AWAY_S) -> None:
+    ``is_here``: whether the request's router has a stream to this worker.
+    """
+
+    def __init__(
+        self,
+        on_expired: Callable[[RequestId], None],
+        is_here: Callable[[RequestId], bool] = lambda request: True,
+        *,
+        away_s: float = ROUTER_AWAY_S,
+    ) -> None:
         self._on_expired = on_expired
+        self._is_here = is_here
         self._away_s = away_s
         self._deadlines: dict[RequestId, float] = {}
         self._timer: asyncio.TimerHandle | None = None
@@ -37,6 +49,8 @@ class Leases:
 
     def grant(self, request: RequestId, lease_s: float) -> None:
         """Starts a lease, or restarts it at ``lease_s`` from now."""
+        if not self._is_here(request):
+            lease_s = min(lease_s, self._away_s)
         self._deadlines[request] = asyncio.get_running_loop().time() + lease_s
         self._arm()
 

@@ -88,3 +88,14 @@ async def test_a_routers_leaving_makes_no_lease_longer(expired: Expired) -> None
     leases.router_left(Epoch("r"))
     await expired.wait_for(1)
     assert len(leases) == 0
+
+
+async def test_what_is_granted_while_its_router_is_away_ends_soon(expired: Expired) -> None:
+    here = {A}
+    leases = Leases(expired, here.__contains__, away_s=0.02)
+    for request in (A, B):
+        leases.grant(request, 3600.0)
+    await expired.wait_for(1)
+    assert expired.requests == [B]
+    assert A in leases
+    leases.close()

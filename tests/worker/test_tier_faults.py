@@ -176,6 +176,24 @@ async def test_what_a_router_left_behind_is_let_go_long_before_its_lease(
         await until_idle(side)
 
 
+async def test_what_is_offered_after_its_router_has_gone_is_let_go_soon_too(
+    pod: Pod, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The prefill worker has not heard of it yet, and hands over what nobody will ask for."""
+    monkeypatch.setitem(Leases.__init__.__kwdefaults__, "away_s", 0.05)
+    p, d = await pod.prefill(), await pod.decode()
+    await pod.lose_router(d)
+    request = make_request(1, prompt_of(40))
+    p.tier.handle(Prefill(request, FIRST, d.peer, 3600.0))
+    await p.router.until(lambda: Stage.SEALED in p.router.stages())
+    await pod.orphaned(1)
+    assert pod.orphans == [(request.id, FIRST)]
+    await pod.lose_router(p)
+    for side in (p, d):
+        await side.tier.drained()
+        await until_idle(side)
+
+
 async def test_a_choice_that_ends_at_its_first_token_does_not_keep_the_seat(pod: Pod) -> None:
     """With log probabilities, the first tokens are not repeated by the decode worker; their ends count all the same."""
     p, d = await pod.prefill(), await pod.decode()
