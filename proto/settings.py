@@ -159,7 +159,7 @@ class RpcSettings:
     rpc_tls_name: str | None = setting(
         None, "name in the workers' certificates, where it is not the address they are reached by"
     )
-    nccl_beside_tls: bool = setting(False, "KV may travel by nccl all the same, which does not encrypt it")
+    nccl_beside_tls: bool = setting(False, "KV may travel by nccl and nixl all the same, which do not encrypt it")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -175,7 +175,7 @@ class WorkerSettings:
     worker_id: str | None = setting(None, "stable name of this worker (default: role, host and a nonce)")
     transports: tuple[str, ...] = setting(
         ("auto",),
-        "ways to move blocks, best first: shm, cuda_ipc, nccl, grpc; auto: all of them but nccl",
+        "ways to move blocks, best first: shm, cuda_ipc, nccl, nixl, grpc; auto: all of them but nccl and nixl",
         metavar="NAME",
     )
     lease_s: float = setting(30.0, "seconds a hand-off's blocks are kept without news from their peer", low=0.1)

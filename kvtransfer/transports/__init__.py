@@ -1,7 +1,8 @@
 """How payloads get from P's memory into D's: what P can offer, and what D can use of it.
 
     inside the frame        ``grpc``, and ``memory`` within one process
-    read by D, from P's     ``shm`` (CPUs of one host), ``cuda_ipc`` (GPUs of one host), ``nccl`` (GPUs of two)
+    read by D, from P's     ``shm`` (CPUs of one host), ``cuda_ipc`` (GPUs of one host), ``nccl`` (GPUs of two),
+                            ``nixl`` (whatever its library reaches)
 
 Whatever the way, only D writes D's memory, and P's is only read. D takes the first way offered that it is allowed, and
 that it has proved to work: it has read a nonce of P's through it.
@@ -23,8 +24,9 @@ MEMORY = "memory"
 SHM = "shm"
 CUDA_IPC = "cuda_ipc"
 NCCL = "nccl"
+NIXL = "nixl"
 AUTO = "auto"
-READ_BY_D = frozenset({SHM, CUDA_IPC, NCCL})
+READ_BY_D = frozenset({SHM, CUDA_IPC, NCCL, NIXL})
 
 HOST_BATCH_BYTES = 8 << 20
 """How much the CPU best copies at a time: some milliseconds' work."""

@@ -1,6 +1,6 @@
 """From a worker's settings to what it offers and what it can use. ``auto`` is every way that works, best first.
 
-What belongs to GPUs is loaded only where it is asked for and there may be one.
+What belongs to GPUs, and what is an extra, is loaded only where it is asked for.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 from kvtransfer.transport import BlockStore
-from kvtransfer.transports import AUTO, CUDA_IPC, GRPC, MEMORY, NCCL, SHM, InlineReader, PayloadReader
+from kvtransfer.transports import AUTO, CUDA_IPC, GRPC, MEMORY, NCCL, NIXL, SHM, InlineReader, PayloadReader
 from kvtransfer.transports.shm import ShmReader, shm_offer
 from proto.errors import SettingsError
 from proto.handoff import TransportOffer
@@ -20,9 +20,11 @@ from service.rpc import TlsFiles
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 
-BEST_FIRST = (SHM, CUDA_IPC, NCCL, GRPC)
+BEST_FIRST = (SHM, CUDA_IPC, NCCL, NIXL, GRPC)
 OF_AUTO = (SHM, CUDA_IPC, GRPC)
-"""Not nccl: it is for those who name it until it has been seen to work between two GPUs."""
+"""Not nccl and nixl: they are for those who name them until they have been seen to work between two hosts' GPUs."""
+IN_THE_CLEAR = frozenset({NCCL, NIXL})
+"""They do not encrypt, and leave the host. gRPC is encrypted where the tiers are."""
 
 
 def allowed_names(
@@ -36,10 +38,11 @@ def allowed_names(
         names += OF_AUTO if name == AUTO else (name,)
     if not names:
         raise SettingsError("no transport is allowed")
-    if NCCL in names and tls is not None and not nccl_beside_tls:
+    in_the_clear = next((name for name in names if name in IN_THE_CLEAR), None)
+    if in_the_clear is not None and tls is not None and not nccl_beside_tls:
         raise SettingsError(
-            "transports: nccl does not encrypt, and --rpc-tls-cert asks for encryption between the tiers. Leave nccl "
-            "out, or allow it with --nccl-beside-tls where the network is trusted."
+            f"transports: {in_the_clear} does not encrypt, and --rpc-tls-cert asks for encryption between the tiers. "
+            f"Leave {in_the_clear} out, or allow it with --nccl-beside-tls where the network is trusted."
         )
     return tuple(dict.fromkeys(names))
 
@@ -83,6 +86,8 @@ def _offer(name: str, store: BlockStore, address: str) -> TransportOffer:
         if export is None:
             raise _Unusable("this worker's memory is not a file")
         return shm_offer(export)
+    if name == NIXL:
+        return _nixl_offer(store)
     if name not in (CUDA_IPC, NCCL):
         return TransportOffer(name)
     device = store.on_device()
@@ -101,6 +106,28 @@ def _offer(name: str, store: BlockStore, address: str) -> TransportOffer:
         raise _Unusable(str(reason)) from reason
 
 
+def _nixl_offer(store: BlockStore) -> TransportOffer:
+    from kvtransfer.transports.nixl import nixl_offer
+    from kvtransfer.transports.nixl_agent import sharing_agent
+    from kvtransfer.transports.nixl_landing import NixlUnavailable
+
+    try:
+        return nixl_offer(sharing_agent(), store)
+    except NixlUnavailable as reason:
+        raise _Unusable(str(reason)) from reason
+
+
+def _nixl_reader() -> PayloadReader:
+    from kvtransfer.transports.nixl import NixlReader
+    from kvtransfer.transports.nixl_agent import NixlAgent
+    from kvtransfer.transports.nixl_landing import NixlUnavailable
+
+    try:
+        return NixlReader(NixlAgent(shares=False))
+    except NixlUnavailable as reason:
+        raise _Unusable(str(reason)) from reason
+
+
 def _reader(name: str, epoch: Epoch, tls: TlsFiles | None) -> PayloadReader:
     if name == SHM:
         return ShmReader()
@@ -108,6 +135,8 @@ def _reader(name: str, epoch: Epoch, tls: TlsFiles | None) -> PayloadReader:
         from kvtransfer.transports.nccl import NcclReader
 
         return NcclReader(epoch, tls)
+    if name == NIXL:
+        return _nixl_reader()
     if name != CUDA_IPC:
         return InlineReader(name)
     from kvtransfer.transports.cuda_driver import CudaDriver
