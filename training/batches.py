@@ -23,6 +23,9 @@ _MOST_TOKENS = 2048
 """In a batch: what a layer makes of so many tokens stays in a core's cache."""
 
 _LENGTHS = (32, 40, 48, 56, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320, 384, 448, 512, 640, 768, 1024, 1536, 2048)
+_HEIGHTS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 14, 16, 20, 24, 28, 32, 40, 48, 64)
+_TOKENS_PER_BATCH = 300
+"""What a batch costs beside its tokens."""
 _MULTIPLE = 128
 """Batches have one of few shapes, and multiples of so many labels: a kernel is compiled for each new shape."""
 
@@ -68,15 +71,29 @@ def make_step(tokenizer: Tokenizer, renderer: Renderer, plan: Plan, step: int) -
 
 
 def _groups(rows: list[Encoded]) -> Iterator[tuple[list[Encoded], int, int]]:
-    """Neighbours in length, longest first; with each group the rows and the length of its batch."""
+    """Neighbours in length, longest first; with each group the rows and the length of its batch.
+
+    Of all ways to cut the rows into groups, the one that takes the least time: ``cheapest[i]`` is what the rows from i
+    on take, ``heights[i]`` how many rows the batch has that begins with row i.
+    """
     rows = sorted(rows, key=lambda row: -len(row.tokens))
-    while rows:
-        length = next(length for length in _LENGTHS if length >= len(rows[0].tokens))
-        height = max(1, _MOST_TOKENS // length)
-        while height > 1 and (height >= 2 * len(rows) or 2 * len(rows[min(height, len(rows)) - 1].tokens) < length):
-            height //= 2
-        yield rows[:height], height, length
-        rows = rows[height:]
+    lengths = [next(length for length in _LENGTHS if length >= len(row.tokens)) for row in rows]
+    cheapest, heights = [0.0] * (len(rows) + 1), [1] * len(rows)
+    for first in reversed(range(len(rows))):
+        length, left = lengths[first], len(rows) - first
+        fitting = [height for height in _HEIGHTS if height * length <= _MOST_TOKENS] or [1]
+        costs = {height: _cost(height, length) + cheapest[first + min(height, left)] for height in fitting}
+        heights[first] = min(costs, key=costs.__getitem__)
+        cheapest[first] = costs[heights[first]]
+    first = 0
+    while first < len(rows):
+        yield rows[first : first + heights[first]], heights[first], lengths[first]
+        first += heights[first]
+
+
+def _cost(height: int, length: int) -> float:
+    """About how long a batch takes, in tokens: attention grows with the square of its length."""
+    return height * length * (1 + length / 2600) + _TOKENS_PER_BATCH
 
 
 def _batch(rows: list[Encoded], height: int, length: int, random: Random, context: int) -> Batch:

@@ -93,7 +93,10 @@ class Trainer:
         matrices = [p for name, p in self.network.named_parameters() if p.ndim == 2 and "embed" not in name]
         others = [p for name, p in self.network.named_parameters() if p.ndim != 2 or "embed" in name]
         self._optimizers: tuple[tuple[torch.optim.Optimizer, float], ...] = (
-            (torch.optim.Muon(matrices, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"), recipe.matrix_rate),
+            *(
+                (torch.optim.Muon(part, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"), recipe.matrix_rate)
+                for part in (matrices[::2], matrices[1::2])  # side by side
+            ),
             (torch.optim.AdamW(others, betas=(0.9, 0.98), weight_decay=0.0, fused=True), recipe.other_rate),
         )
         # A core of its own for every batch: threads that share one wait for each other at every small operation.
@@ -151,13 +154,15 @@ class Trainer:
                 total += loss
                 for parameter, gradient in zip(self.network.parameters(), gradients, strict=True):
                     parameter.grad = gradient if parameter.grad is None else parameter.grad.add_(gradient)
-        torch.nn.utils.clip_grad_norm_(self.network.parameters(), 1.0)
-        for optimizer, rate in self._optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = rate * self._recipe.rate(self.step)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+            torch.nn.utils.clip_grad_norm_(self.network.parameters(), 1.0)
+            list(workers.map(self._follow_gradients, *zip(*self._optimizers, strict=True)))
         return total
+
+    def _follow_gradients(self, optimizer: torch.optim.Optimizer, rate: float) -> None:
+        for group in optimizer.param_groups:
+            group["lr"] = rate * self._recipe.rate(self.step)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
 
     def _gradients(self, batch: Batch, weight: float) -> tuple[float, tuple[Tensor, ...]]:
         """The share in the step's loss of one batch, and its gradients. Runs in several threads at once."""
