@@ -84,7 +84,7 @@ class Agent(Protocol):
         """No READ from it is under way."""
 
     def read(self, peer: str, theirs: Sequence[Region], ours: Sequence[Region]) -> Reading:
-        """Begins to copy each of ``theirs`` into the one of ``ours`` beside it. Raises NixlBroken."""
+        """Each of ``theirs`` into the one of ``ours`` beside it, from the first look on. Raises NixlBroken."""
 
 
 @dataclass(frozen=True, slots=True)
