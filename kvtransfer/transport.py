@@ -1,7 +1,7 @@
 """The two narrow seams of a hand-off: a ``Link`` carries messages, a ``BlockStore`` is the memory at either end.
 
 A transport is a Link plus a way for payloads to get from one store to the other: inside the frame (gRPC, in-memory), or
-read by the decode side out of the prefill side's memory (shared memory, CUDA IPC, NCCL).
+read by the decode side out of the prefill side's memory (shared memory, CUDA IPC, NIXL), or sent from there (NCCL).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What the transports between GPUs share: checksums on the device, and which blocks of a peer are wanted where.
+"""What transports share that fetch blocks themselves: sums on a device, which blocks of a peer are wanted where.
 
 Knows tensors; knows nothing of how memory gets from one process to another.
 """
@@ -8,13 +8,14 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from kvtransfer.integrity import finalise, key_words
-from kvtransfer.transport import DeviceBlocks
+from kvtransfer.transport import BlockStore, DeviceBlocks
 from kvtransfer.transports import Payload, located_block
 from proto.errors import RemoteProtocolError
 from proto.ids import BlockHash, BlockId
@@ -75,3 +76,38 @@ def find_blocks(
         found.theirs.append(row)
         found.ours.append(block)
     return found
+
+
+class Peer(Protocol):
+    """A process whose blocks are fetched, as long as anybody uses it."""
+
+    @property
+    def num_blocks(self) -> int: ...
+
+    def take(self) -> None: ...
+
+    def give_back(self) -> None: ...
+
+    async def fetch(self, theirs: Sequence[int], ours: Sequence[BlockId]) -> bool:
+        """Its blocks into ours; False where that failed. Raises DeviceLost."""
+
+
+class PeerSource:
+    """One hand-off's use of a peer. As ``PayloadSource``."""
+
+    def __init__(self, peer: Peer, batch_bytes: int) -> None:
+        self.batch_bytes = batch_bytes
+        self._peer: Peer | None = peer
+        peer.take()
+
+    async def place(self, payloads: Sequence[Payload], blocks: Sequence[BlockId], store: BlockStore) -> list[bool]:
+        assert self._peer is not None, "a closed source is not read"
+        found = find_blocks(payloads, blocks, store.layout.block_bytes, self._peer.num_blocks)
+        if found.ours and not await self._peer.fetch(found.theirs, found.ours):
+            return [False] * len(payloads)
+        return found.are_found
+
+    def close(self) -> None:
+        peer, self._peer = self._peer, None
+        if peer is not None:
+            peer.give_back()

@@ -23,8 +23,8 @@ import msgpack
 
 from kvtransfer.tasks import in_thread
 from kvtransfer.transport import BlockStore, DeviceBlocks
-from kvtransfer.transports import NCCL, Payload
-from kvtransfer.transports.device import BATCH_BYTES, find_blocks
+from kvtransfer.transports import NCCL
+from kvtransfer.transports.device import BATCH_BYTES, PeerSource
 from kvtransfer.transports.pairs import (
     METHOD,
     SERVICE,
@@ -110,7 +110,7 @@ class NcclReader:
     def num_pairs(self) -> int:
         return sum(peer.is_joined for peer in self._peers.values())
 
-    async def open(self, detail: bytes, epoch: Epoch, store: BlockStore) -> NcclSource | None:
+    async def open(self, detail: bytes, epoch: Epoch, store: BlockStore) -> PeerSource | None:
         device, offer = store.on_device(), read_offer(detail)
         if device is None or offer is None:
             return None
@@ -120,7 +120,7 @@ class NcclReader:
         peer.take()
         try:
             if await peer.joined() is not None:
-                return NcclSource(peer)
+                return PeerSource(peer, BATCH_BYTES)
         finally:
             peer.give_back()
         return None
@@ -150,28 +150,6 @@ class NcclReader:
             peer.leave("nobody uses it")
 
 
-class NcclSource:
-    """One hand-off's use of a communicator, whichever there is at the time."""
-
-    batch_bytes = BATCH_BYTES
-
-    def __init__(self, peer: _Peer) -> None:
-        self._peer: _Peer | None = peer
-        peer.take()
-
-    async def place(self, payloads: Sequence[Payload], blocks: Sequence[BlockId], store: BlockStore) -> list[bool]:
-        assert self._peer is not None, "a closed source is not read"
-        found = find_blocks(payloads, blocks, store.layout.block_bytes, self._peer.offer.num_blocks)
-        if found.ours and not await self._peer.fetch(found.theirs, found.ours):
-            return [False] * len(payloads)
-        return found.are_found
-
-    def close(self) -> None:
-        peer, self._peer = self._peer, None
-        if peer is not None:
-            peer.give_back()
-
-
 class _Peer:
     """One incarnation of P, and the communicator with it while there is one."""
 
@@ -199,6 +177,10 @@ class _Peer:
         self._joining = asyncio.Lock()
         self._fetching = asyncio.Lock()
         self._not_before = 0.0
+
+    @property
+    def num_blocks(self) -> int:
+        return self.offer.num_blocks
 
     @property
     def is_joined(self) -> bool:

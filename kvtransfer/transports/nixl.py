@@ -24,8 +24,8 @@ from torch import Tensor
 
 from kvtransfer.tasks import in_thread, off_loop
 from kvtransfer.transport import BlockStore
-from kvtransfer.transports import NIXL, Payload
-from kvtransfer.transports.device import find_blocks
+from kvtransfer.transports import NIXL
+from kvtransfer.transports.device import PeerSource
 from kvtransfer.transports.nixl_landing import (
     DRAM,
     LANDING_BYTES,
@@ -110,7 +110,7 @@ class NixlReader:
     def num_peers(self) -> int:
         return len(self._peers)
 
-    async def open(self, detail: bytes, epoch: Epoch, store: BlockStore) -> NixlSource | None:
+    async def open(self, detail: bytes, epoch: Epoch, store: BlockStore) -> PeerSource | None:
         offer = read_offer(detail)
         if offer is None:
             return None
@@ -121,7 +121,7 @@ class NixlReader:
         peer.take()
         try:
             if await peer.connected() is not None:
-                return NixlSource(peer)
+                return PeerSource(peer, LANDING_BYTES)
         finally:
             peer.give_back()
         return None
@@ -150,28 +150,6 @@ class NixlReader:
             self._agent, offer, store, self._stall_s, self._idle_s, on_idle=lambda: self.forget(epoch)
         )
         return peer
-
-
-class NixlSource:
-    """One hand-off's use of a peer."""
-
-    batch_bytes = LANDING_BYTES
-
-    def __init__(self, peer: _Peer) -> None:
-        self._peer: _Peer | None = peer
-        peer.take()
-
-    async def place(self, payloads: Sequence[Payload], blocks: Sequence[BlockId], store: BlockStore) -> list[bool]:
-        assert self._peer is not None, "a closed source is not read"
-        found = find_blocks(payloads, blocks, store.layout.block_bytes, self._peer.num_blocks)
-        if found.ours and not await self._peer.fetch(found.theirs, found.ours):
-            return [False] * len(payloads)
-        return found.are_found
-
-    def close(self) -> None:
-        peer, self._peer = self._peer, None
-        if peer is not None:
-            peer.give_back()
 
 
 class _Peer:

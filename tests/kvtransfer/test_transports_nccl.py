@@ -20,8 +20,9 @@ from kvtransfer.transport import Link
 from kvtransfer.transports import grpc as grpc_link
 from kvtransfer.transports import nccl, pairs, ring
 from kvtransfer.transports.choice import allowed_names, payload_readers, transport_offers
+from kvtransfer.transports.device import PeerSource
 from kvtransfer.transports.door import NcclDoor
-from kvtransfer.transports.nccl import NcclOffer, NcclReader, NcclSource, nccl_offer, read_offer
+from kvtransfer.transports.nccl import NcclOffer, NcclReader, nccl_offer, read_offer
 from kvtransfer.transports.pairs import Fetch, FetchNonce, Join, Opened, Refused
 from kvtransfer.transports.ring import Group, Meeting
 from proto.errors import RemoteProtocolError, SettingsError
@@ -88,12 +89,12 @@ def ours() -> DeviceStore:
     return DeviceStore(NUM_BLOCKS, SHARED_LAYOUT)
 
 
-async def place(source: NcclSource, theirs: list[int], blocks: list[int], store: Store) -> list[bool]:
+async def place(source: PeerSource, theirs: list[int], blocks: list[int], store: Store) -> list[bool]:
     payloads = [Located(block * BLOCK_BYTES) for block in theirs]
     return await source.place(payloads, list(map(BlockId, blocks)), store)
 
 
-async def opened(reader: NcclReader, prefill: Prefill, store: Store, epoch: Epoch = P) -> NcclSource:
+async def opened(reader: NcclReader, prefill: Prefill, store: Store, epoch: Epoch = P) -> PeerSource:
     source = await reader.open(prefill.detail(), epoch, store)
     assert source is not None
     return source

@@ -20,8 +20,9 @@ from kvtransfer.transport import Link
 from kvtransfer.transports import grpc as grpc_link
 from kvtransfer.transports import inline_offers
 from kvtransfer.transports.choice import allowed_names, payload_readers, transport_offers
+from kvtransfer.transports.device import PeerSource
 from kvtransfer.transports.memory import MemoryNetwork
-from kvtransfer.transports.nixl import NixlReader, NixlSource, nixl_offer, read_offer
+from kvtransfer.transports.nixl import NixlReader, nixl_offer, read_offer
 from kvtransfer.transports.nixl_landing import DRAM, MAX_METADATA_BYTES, NixlOffer, NixlUnavailable
 from proto.control import Peer
 from proto.errors import SettingsError
@@ -68,7 +69,7 @@ def offered(store: Store, **changes: object) -> bytes:
     return bytes(msgpack.packb(astuple(replace(offer, **changes))))  # type: ignore[arg-type]
 
 
-async def opened(reader: NixlReader, detail: bytes, store: Store, epoch: Epoch = P) -> NixlSource:
+async def opened(reader: NixlReader, detail: bytes, store: Store, epoch: Epoch = P) -> PeerSource:
     source = await reader.open(detail, epoch, store)
     assert source is not None
     return source
