@@ -75,6 +75,9 @@ class DecodeTier:
         self._idle.set()
         self.is_draining = False
 
+    async def open(self) -> None:
+        """There is nothing to prepare: what blocks may come by was made with the tier."""
+
     async def drained(self) -> None:
         """Returns once every request here is finished."""
         await self._idle.wait()

@@ -5,6 +5,7 @@ Knows the offer's contents; how it travels is ``kvtransfer``'s.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Sequence
 
 from kvtransfer.fences import Refusals
@@ -12,7 +13,7 @@ from kvtransfer.intake import SendEvents
 from kvtransfer.send_session import Connect, SendSession
 from kvtransfer.transports.choice import transport_offers
 from prefill.job import Job
-from proto.handoff import Fence, Offer
+from proto.handoff import Fence, Offer, TransportOffer
 from proto.ids import Epoch
 from worker.host import EngineHost
 
@@ -37,6 +38,14 @@ class Dispatcher:
         self._refusals = refusals
         self._address = address
 
+    async def open(self) -> None:
+        """Makes what is offered, once and off the event loop: registering memory takes its time. Raises SettingsError
+        where none of the transports works here."""
+        await asyncio.to_thread(self._offers)
+
+    def _offers(self) -> tuple[TransportOffer, ...]:
+        return transport_offers(self._transports, self._host.parts.kv, address=self._address())
+
     def session(self, job: Job, events: SendEvents) -> SendSession:
         request, parts = job.request, self._host.parts
         layout = parts.facts.layout
@@ -48,7 +57,7 @@ class Dispatcher:
             num_tokens=len(request.prefix),
             num_choices=request.params.n,
             hashes=tuple(parts.hasher.all_blocks(request.prefix, request.cache_salt)),
-            transports=transport_offers(self._transports, parts.kv, address=self._address()),
+            transports=self._offers(),
             lease_s=job.lease_s,
         )
         return SendSession(offer, parts.kv, self._connect, job.decode, events, refusals=self._refusals)

@@ -78,6 +78,10 @@ class PrefillTier:
         self._idle.set()
         self.is_draining = False
 
+    async def open(self) -> None:
+        """Raises SettingsError where blocks can leave by none of the ways that are allowed."""
+        await self._dispatcher.open()
+
     async def drained(self) -> None:
         """Returns once no prompt is waiting, computed here, or on its way."""
         await self._idle.wait()

@@ -51,6 +51,9 @@ class Tier(Protocol):
 
     is_draining: bool
 
+    async def open(self) -> None:
+        """The engine is there; no request is yet. Raises SettingsError where the tier cannot do its work here."""
+
     def handle(self, message: FromRouter) -> None: ...
 
     def started(self, request: RequestId) -> None: ...
@@ -145,6 +148,7 @@ class WorkerService:
         self._address = advertised(self._settings, port)
         await self._start_http()
         await self._host.open(self._health.loading)
+        await self._tier.open()
         self._show_memory()
         self._ledger = RedisLedger.from_settings(self._ledger_settings)
 

@@ -122,9 +122,9 @@ class Pod:
         self._tasks: list[asyncio.Task[None]] = []
         self.sides: list[Side] = []
 
-    async def prefill(self, name: str = "p0", *, max_held: int = 8) -> Side:
+    async def prefill(self, name: str = "p0", *, max_held: int = 8, transport: str = MEMORY) -> Side:
         side, fences, metrics = await self._side(Role.PREFILL, name)
-        dispatcher = Dispatcher(side.host, self.connect, (MEMORY,), epoch=side.peer.epoch, refusals=fences.refusals)
+        dispatcher = Dispatcher(side.host, self.connect, (transport,), epoch=side.peer.epoch, refusals=fences.refusals)
         side.tier = PrefillTier(
             side.host,
             side.routers,
@@ -135,6 +135,7 @@ class Pod:
             max_held=max_held,
             orphaned=self._orphaned,
         )
+        await side.tier.open()
         return side
 
     async def decode(self, name: str = "d0") -> Side:

@@ -12,6 +12,7 @@ import pytest
 from engine.core import EngineCore
 from engine.output import StepOutput
 from proto.control import Abort, Attach, Failed, Prefill, Redirect, Rejected, RejectReason
+from proto.errors import SettingsError
 from proto.handoff import Frame, HandoffMessage, Seal
 from proto.ids import Generation
 from proto.lifecycle import Stage
@@ -49,6 +50,11 @@ async def pod(checkpoint: Path) -> AsyncIterator[Pod]:
 
 def reasons(side: Side) -> list[RejectReason]:
     return [each.reason for each in side.router.of(Rejected)]
+
+
+async def test_a_prefill_worker_whose_blocks_cannot_leave_does_not_start(pod: Pod) -> None:
+    with pytest.raises(SettingsError, match=r"No allowed transport works here \(nccl: .*not a GPU's"):
+        await pod.prefill(transport="nccl")
 
 
 async def test_an_engine_that_dies_sends_its_requests_elsewhere(pod: Pod) -> None:
