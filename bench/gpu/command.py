@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import importlib
 import json
 import os
 import sys
@@ -27,12 +28,23 @@ SECTIONS = {
     "decode": "decode attention",
     "chunks": "attention of chunks",
     "steps": "whole steps",
-    "peer": "against transformers' continuous batching",
     "fp8": "fp8 weights",
     "handoff": "a hand-off between two processes",
     "bits": "the same bits, and what they cost",
     "exact": "the same tokens as on a CPU",
     "stack": "the whole stack",
+    "peer": "against transformers' continuous batching",
+}
+_FUNCTIONS = {
+    "decode": "attention:measure_decode",
+    "chunks": "attention:measure_chunks",
+    "steps": "steps:measure",
+    "fp8": "steps:measure_fp8",
+    "handoff": "handoff:measure",
+    "bits": "exact:measure_bits",
+    "exact": "exact:measure_tokens",
+    "stack": "stack:measure",
+    "peer": "peers:measure",
 }
 
 
@@ -79,7 +91,7 @@ def _measured(name: str, lab: Lab) -> Section:
     began = time.monotonic()
     entries: list[Entry] = []
     try:
-        for entry in _sections()[name](lab):
+        for entry in _section(name)(lab):
             if isinstance(entry, Figure) and entry.goal is not None and entry.goal.of_time and not lab.is_gpu:
                 entry = replace(entry, goal=None)  # an interpreter's times mean nothing
             entries.append(entry)
@@ -94,20 +106,11 @@ def _measured(name: str, lab: Lab) -> Section:
     return Section(SECTIONS[name], tuple(entries), time.monotonic() - began)
 
 
-def _sections() -> dict[str, Callable[[Lab], Iterator[Entry]]]:
-    from bench.gpu import attention, exact, handoff, peers, stack, steps
-
-    return {
-        "decode": attention.measure_decode,
-        "chunks": attention.measure_chunks,
-        "steps": steps.measure,
-        "peer": peers.measure,
-        "fp8": steps.measure_fp8,
-        "handoff": handoff.measure,
-        "bits": exact.measure_bits,
-        "exact": exact.measure_tokens,
-        "stack": stack.measure,
-    }
+def _section(name: str) -> Callable[[Lab], Iterator[Entry]]:
+    """Loaded when it is wanted: one may lack a package that the others do not need."""
+    module, function = _FUNCTIONS[name].split(":")
+    found: Callable[[Lab], Iterator[Entry]] = getattr(importlib.import_module(f"bench.gpu.{module}"), function)
+    return found
 
 
 def _about(lab: Lab) -> JsonObject:

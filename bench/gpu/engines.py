@@ -34,10 +34,13 @@ def settings(lab: Lab, **model: object) -> EngineSettings:
     sizes = lab.sizes
     longest = max(
         sizes.prompt + sizes.compared,
-        sizes.context + sizes.num_steps + _WARM_UP_STEPS,
+        sizes.context + _num_asked(max(sizes.steps), sizes.context, sizes.num_steps, sizes.batch_tokens),
         sizes.batch_prompt + sizes.batch_output,
     )
     length = -(-(longest + BLOCK_SIZE) // BLOCK_SIZE) * BLOCK_SIZE
+    rows = max(*sizes.steps, sizes.batch_size, sizes.among + 1)
+    growth = _num_asked(max(sizes.steps), sizes.context, sizes.num_steps, sizes.batch_tokens) + 2 * BLOCK_SIZE
+    captured = {1, *sizes.steps, sizes.quantised_batch, sizes.batch_size, sizes.among + 1}
     wish = ModelSettings(
         model=str(described(lab)),
         load_format="dummy",
@@ -45,10 +48,9 @@ def settings(lab: Lab, **model: object) -> EngineSettings:
         device=lab.device.type,
         attention_backend="triton",
         max_model_len=length,
+        cuda_graph_sizes=tuple(map(str, sorted(captured))),
         seed=1,
     )
-    rows = max(*sizes.steps, sizes.batch_size, sizes.among + 1)
-    growth = sizes.num_steps + _WARM_UP_STEPS + 2 * BLOCK_SIZE
     blocks = max(
         max(sizes.steps) * (sizes.context + growth),
         (sizes.among + 1) * (sizes.batch_prompt + sizes.compared + growth) + sizes.batch_tokens,
@@ -74,16 +76,20 @@ def described(lab: Lab) -> Path:
 
 @contextmanager
 def opened(wish: EngineSettings) -> Iterator[Engine]:
-    parts = load_engine_parts(wish)
-    engine = Engine(build_core(parts, wish), parts)
+    engine = _open(wish)
     try:
         yield engine
     finally:
-        parts.kv.close()
-        del engine, parts
+        engine.parts.kv.close()
+        vars(engine).clear()  # whoever still has a name for it must not keep its memory
         gc.collect()
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
+
+
+def _open(wish: EngineSettings) -> Engine:
+    parts = load_engine_parts(wish)
+    return Engine(build_core(parts, wish), parts)
 
 
 @dataclass
@@ -124,8 +130,9 @@ class Engine:
 
     def decode_step_s(self, num_rows: int, context: int, num_steps: int) -> float:
         """The median time of a step of ``num_rows`` that decode behind ``context`` tokens and a few more."""
+        num_tokens = _num_asked(num_rows, context, num_steps, self.parts.facts.max_num_batched_tokens)
         for prompt in self.prompts(num_rows, context, seed=num_rows):
-            self.ask(prompt, num_steps + _WARM_UP_STEPS + 1)
+            self.ask(prompt, num_tokens)
         times: list[float] = []
         began = time.perf_counter()
         while self.core.has_work():
@@ -146,3 +153,9 @@ class Engine:
             if number > 0:
                 times.append(time.perf_counter() - began)
         return statistics.median(times)
+
+
+def _num_asked(num_rows: int, context: int, num_steps: int, batch_tokens: int) -> int:
+    """Tokens for each row, so that all decode together for ``num_steps`` steps: the first one in goes on until the last
+    prompt has been read."""
+    return num_steps + _WARM_UP_STEPS + 2 + -(-num_rows * context // (batch_tokens - num_rows))

@@ -47,8 +47,8 @@ def _bits(lab: Lab, engine: Engine) -> Iterator[Entry]:
 
     alone = ask()
     request = engine.ask(prompt, sizes.compared, logprobs=_TOP)
-    for other in engine.prompts(sizes.among, sizes.batch_prompt, seed=6):
-        engine.ask(other, sizes.compared)
+    for number, other in enumerate(engine.prompts(sizes.among, sizes.batch_prompt, seed=6)):
+        engine.ask(other, sizes.compared, logprobs=_TOP if number % 2 else None)
     yield _same(f"among {sizes.among} others", alone, engine.answers([request])[0])
     # A prompt before it leaves it half of its own length in the first step.
     [filler] = engine.prompts(1, sizes.batch_tokens - sizes.batch_prompt // 2 - 1, seed=7)
@@ -99,5 +99,7 @@ def _against_cpu(lab: Lab, name: str, wish: EngineSettings) -> Iterator[Entry]:
             errors.append(abs(a.logprobs.logprob - b.logprobs.logprob))
     total = sum(map(len, right))
     yield Figure(f"{name}: tokens", total, "", num_same / total, "equal up to the first that is not", _ALL)
+    if not errors:
+        return
     case = f"{name}: log probabilities (median {statistics.median(errors):.2g})"
     yield Figure(case, max(errors), "largest difference", max(errors), "absolute", _LOGIT_ERROR)

@@ -16,6 +16,7 @@ from bench.gpu.sizes import Sizes
 from engine.graphs import CudaCapture
 
 Work = Callable[[], object]
+_WARM_UP_S = 0.3
 
 
 class Clock(Protocol):
@@ -36,6 +37,7 @@ class EventClock:
     def seconds(self, works: Sequence[Work]) -> float:
         capture = CudaCapture(self._device)
         replays = [_replay(capture, work) for work in works]
+        _warm_up(replays)
         spans: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
         for _ in range(self._repeats):
             for replay in replays:
@@ -46,6 +48,15 @@ class EventClock:
                 spans.append(span)
         torch.cuda.synchronize()
         return float(statistics.median(begin.elapsed_time(end) for begin, end in spans)) / 1000
+
+
+def _warm_up(works: Sequence[Work]) -> None:
+    """Long enough for the device's clocks to rise again: they fall while kernels are compiled."""
+    began = time.perf_counter()
+    while time.perf_counter() - began < _WARM_UP_S:
+        for work in works:
+            work()
+        torch.cuda.synchronize()
 
 
 def _replay(capture: CudaCapture, work: Work) -> Work:

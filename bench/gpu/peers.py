@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import importlib.util
+import json
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 
-import torch
-
+from bench.gpu.children import environment
 from bench.gpu.engines import described, opened, settings
 from bench.gpu.figures import Entry, Figure, Goal, Missing
 from bench.gpu.lab import Lab
+
+_LIMIT_S = 180.0
 
 
 def measure(lab: Lab) -> Iterator[Entry]:
@@ -25,34 +29,40 @@ def measure(lab: Lab) -> Iterator[Entry]:
                 engine.ask(prompt, sizes.batch_output)
             engine.until_done()
             ours = time.perf_counter() - began
+    num_tokens = sizes.batch_size * sizes.batch_output
     if importlib.util.find_spec("transformers") is None:
         yield Missing(case, "transformers is not installed")
         return
-    theirs = _transformers_s(lab, prompts)
-    if isinstance(theirs, Missing):
-        yield theirs
+    theirs = _by_transformers(lab, prompts)
+    if isinstance(theirs, str):
+        yield Figure(case, num_tokens / ours, "tokens/s")
+        yield Missing(f"{case}: transformers", theirs, is_fault=True)
         return
-    num_tokens = sizes.batch_size * sizes.batch_output
-    of = f"its {num_tokens / theirs:,.1f} tokens/s"
-    yield Figure(case, num_tokens / ours, "tokens/s", theirs / ours, of, Goal(1.0))
+    seconds, attention = theirs
+    of = f"its {num_tokens / seconds:,.1f} tokens/s ({attention})"
+    yield Figure(case, num_tokens / ours, "tokens/s", seconds / ours, of, Goal(1.0))
 
 
-def _transformers_s(lab: Lab, prompts: list[tuple[int, ...]]) -> float | Missing:
-    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
-
-    config = AutoConfig.from_pretrained(described(lab))
-    with torch.device(lab.device):
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)  # type: ignore[no-untyped-call]
-    wish = GenerationConfig(  # type: ignore[no-untyped-call]
-        max_new_tokens=lab.sizes.batch_output, do_sample=False, eos_token_id=-1, pad_token_id=0
-    )
-    seconds = 0.0
-    for _ in range(2):
-        began = time.perf_counter()
-        results = model.generate_batch(inputs=[list(prompt) for prompt in prompts], generation_config=wish)
-        lab.finish()
-        seconds = time.perf_counter() - began
-        lengths = [len(result.generated_tokens) for result in results.values()]
-        if lengths != [lab.sizes.batch_output] * len(prompts):
-            return Missing("against transformers", f"it generated {sum(lengths)} tokens", is_fault=True)
-    return seconds
+def _by_transformers(lab: Lab, prompts: list[tuple[int, ...]]) -> tuple[float, str] | str:
+    """Seconds, and what computed attention; or what went wrong."""
+    sizes = lab.sizes
+    arguments = (str(described(lab)), lab.device.type, str(sizes.batch_output), str(sizes.batch_tokens))
+    try:
+        done = subprocess.run(
+            [sys.executable, "-m", "bench.gpu.transformers_peer", *arguments],
+            input=json.dumps(prompts),
+            capture_output=True,
+            text=True,
+            env=environment(),
+            timeout=_LIMIT_S,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        return f"it was not done within {_LIMIT_S:.0f} s"
+    lines = done.stdout.splitlines()
+    if done.returncode or not lines:
+        return f"status {done.returncode}: {(done.stderr.strip().splitlines() or [''])[-1]}"
+    said = json.loads(lines[-1])
+    if said["lengths"] != [sizes.batch_output] * len(prompts):
+        return f"it generated {sum(said['lengths'])} tokens"
+    return said["seconds"], said["attention"]

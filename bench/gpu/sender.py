@@ -65,7 +65,7 @@ async def send(address: str, device: str, transport: str, count: int, layout: Kv
                 BlockHash(hashlib.blake2b(f"{request}/{block}".encode(), digest_size=16).digest()) for block in blocks
             ),
             transports=transport_offers((transport,), store),
-            lease_s=60.0,
+            lease_s=20.0,
         )
         told = _Told()
         session = SendSession(offer, store, _connect, Peer(WorkerId("bench"), DECODE, address), told)

@@ -6,7 +6,6 @@ import asyncio
 import http.client
 import importlib.util
 import json
-import os
 import signal
 import socket
 import subprocess
@@ -14,18 +13,20 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from pathlib import Path
 
+import torch
+
+from bench.gpu.children import environment
 from bench.gpu.engines import described
 from bench.gpu.figures import Entry, Figure, Missing
 from bench.gpu.lab import Lab
-from bench.serve import serve
 from bench.settings import Load, RandomData, Sampling, Saving, ServeSettings, Target, TokenChoice, Wanted
 from router.values import Json, JsonObject
 
-_NEEDED = ("fastapi", "redis", "uvicorn", "aiohttp")
+_NEEDED = ("fastapi", "pydantic", "starlette", "redis", "uvicorn", "aiohttp")
 _START_S = 240.0
-_STOP_S = 30.0
+_STOP_S = 60.0
+_MEMORY_S = 20.0
 _STDERR = 2
 _WORKERS = {"1P1D": ("--prefill=1", "--decode=1"), "one process": ("--prefill=0", "--decode=1")}
 _MEMORY = "--gpu-memory-utilization=0.88"
@@ -73,8 +74,7 @@ def _stack(lab: Lab, *flags: str) -> Iterator[int]:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     load = lab.sizes.load
-    root = str(Path(__file__).parents[2])
-    path = os.pathsep.join(part for part in (root, os.environ.get("PYTHONPATH")) if part)
+    free_before = _free_memory(lab)
     wish = (
         *(str(described(lab)), "--load-format=dummy", "--host=127.0.0.1", f"--port={port}"),
         *(f"--max-model-len={load.input_len + load.output_len + 64}", "--disagg-threshold=0", "--log-level=warning"),
@@ -82,7 +82,7 @@ def _stack(lab: Lab, *flags: str) -> Iterator[int]:
     )
     process = subprocess.Popen(
         [sys.executable, "-m", "tandem", "serve", *wish, *flags],
-        env={**os.environ, "PYTHONPATH": path},
+        env=environment(),
         stdout=_STDERR,
     )
     try:
@@ -95,6 +95,7 @@ def _stack(lab: Lab, *flags: str) -> Iterator[int]:
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
+        _wait_for_memory(lab, free_before)
 
 
 def _wait(process: subprocess.Popen[bytes], port: int) -> None:
@@ -116,7 +117,20 @@ def _wait(process: subprocess.Popen[bytes], port: int) -> None:
     raise RuntimeError(f"the stack was not ready within {_START_S:.0f} s")
 
 
+def _free_memory(lab: Lab) -> int:
+    return int(torch.cuda.mem_get_info(lab.device)[0]) if lab.is_gpu else 0
+
+
+def _wait_for_memory(lab: Lab, free_before: int) -> None:
+    """The next stack sizes itself by what is free; a process's memory is back a moment after its end."""
+    deadline = time.monotonic() + _MEMORY_S
+    while _free_memory(lab) < 0.95 * free_before and time.monotonic() < deadline:
+        time.sleep(0.2)
+
+
 def _offer(lab: Lab, port: int, rate: float) -> JsonObject:
+    from bench.serve import serve  # needs what a machine that only computes has not
+
     load, file = lab.sizes.load, f"{port}-{rate}.json"
     wish = ServeSettings(
         target=Target(f"http://127.0.0.1:{port}"),

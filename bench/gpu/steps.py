@@ -49,10 +49,13 @@ def _decode(lab: Lab, engine: Engine, num_rows: int) -> Entry:
 
 
 def _prefill(lab: Lab, engine: Engine) -> Entry:
-    """Products of all tokens, attention of half of all pairs; only the last token's logits."""
+    """Products of all tokens, attention of half of all pairs. Of the last layer only one token goes on."""
     sizes, shape = lab.sizes, lab.sizes.model
     pairs = sizes.prompt * (sizes.prompt + 1) / 2
-    flops = 2 * sizes.prompt * shape.num_matrix_weights + 4 * pairs * shape.layers * shape.heads * shape.head_dim
+    spared = (sizes.prompt - 1) * shape.hidden * (shape.heads * shape.head_dim + 3 * shape.inner)
+    flops = (
+        2 * (sizes.prompt * shape.num_matrix_weights - spared) + 4 * pairs * shape.layers * shape.heads * shape.head_dim
+    )
     seconds = engine.prefill_s(sizes.prompt, _PREFILLS)
     rate = flops / seconds
     of = f"a large product's {lab.ceilings.flops_per_s / 1e12:,.0f} TFLOP/s"

@@ -118,8 +118,10 @@ class WorkerClient:
                 welcome = await duplex.receive()
             self._check(welcome, hello)
         except BaseException as error:
-            await duplex.aclose("no welcome")
-            call.cancel()
+            try:
+                await duplex.aclose("no welcome")
+            finally:
+                call.cancel()
             if isinstance(error, TimeoutError):
                 self._unreachable(f"no answer within {timeout_s:g} s", error)
             if isinstance(error, StreamClosed):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import weakref
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,10 @@ import torch
 
 from bench import command
 from bench.gpu.command import SECTIONS
+from bench.gpu.engines import opened, settings
 from bench.gpu.figures import Figure, Goal, Missing, Section, table, to_json
+from bench.gpu.lab import open_lab
+from bench.gpu.sizes import TOY
 from proto.errors import SettingsError
 
 pytest.importorskip("triton")
@@ -57,6 +61,16 @@ def test_what_fails_is_said_and_the_rest_goes_on(monkeypatch: pytest.MonkeyPatch
     assert [entry["case"] for entry in fp8["entries"]] == ["a case", "the rest"]
     assert fp8["entries"][1]["why"] == "RuntimeError: out of luck"
     assert handoff["entries"][0]["value"] > 0
+
+
+def test_an_engine_leaves_no_memory_behind_whoever_still_has_a_name_for_it(tmp_path: Path) -> None:
+    """The next one may need all of the device."""
+    lab = open_lab(torch.device("cuda" if torch.cuda.is_available() else "cpu"), TOY, tmp_path)
+    with opened(settings(lab)) as engine:
+        left = [weakref.ref(engine.parts.kv), weakref.ref(engine.parts.runner), weakref.ref(engine.core)]
+        assert all(each() is not None for each in left)
+    assert [each() for each in left] == [None] * 3
+    assert not vars(engine)
 
 
 def test_goals_are_judged_and_shown() -> None:

@@ -25,6 +25,8 @@ def test_kernels_compile_and_fit(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr
     compiled = [json.loads(line) for line in done.stdout.splitlines()]
-    names = {"attend", "merge", "multiply", "add_norm", "gate", "rotate_and_write", "cut", "pick"}
-    assert {name for name, _ in compiled} == names
+    assert {name for name, _ in compiled} == {
+        *("attend", "merge", "multiply", "add_norm", "gate", "rotate_and_write", "cut", "pick"),
+        *("quantise_inputs", "multiply_scaled", "multiply_coded", "copy", "sum_tiles"),
+    }
     assert {(name, size) for name, size in compiled if size > SHARED_MEMORY} == set()

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -19,9 +20,12 @@ from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
 from kernels import noise
-from kernels.triton import fused, sampling
+from kernels.quantised import CodedMatrix, ScaledMatrix
+from kernels.reference import linear
+from kernels.triton import blocks, fused, sampling
 from kernels.triton.attention import TritonAttention
 from kernels.triton.batch_invariant import InvariantLinears
+from kernels.triton.quantised import TritonQuantised
 from kernels.triton.runtime import Target
 from kernels.types import AttentionSpec, ChunkSpan, DrawRules, HeadNorm, PagedKv, Places, Ragged
 
@@ -58,14 +62,41 @@ def make_kv(dtype: torch.dtype, num_blocks: int = 512) -> PagedKv:
     return PagedKv(data.view(FP8), torch.zeros(num_blocks, 2, 2, KV_HEADS, BLOCK))
 
 
-def attend(attention: TritonAttention, kv_dtype: torch.dtype, spec: AttentionSpec, num_decode: int, chunk: int) -> None:
+def attend(
+    attention: TritonAttention,
+    kv_dtype: torch.dtype,
+    spec: AttentionSpec,
+    num_decode: int,
+    chunk: int,
+    dtype: torch.dtype = BF16,
+) -> None:
     lengths = [1] * num_decode + [chunk] * (chunk > 0)
     starts = torch.tensor([0, *lengths]).cumsum(0)
     tables = torch.zeros(len(lengths), 256, dtype=torch.int64)
     spans = (ChunkSpan(num_decode, num_decode + chunk, 0),) if chunk else ()
     batch = Ragged(starts, torch.zeros_like(starts[1:]), tables, num_decode, 256, spans)
-    query = torch.zeros(int(starts[-1]), GROUP * KV_HEADS, DIM, dtype=BF16)
+    query = torch.zeros(int(starts[-1]), GROUP * KV_HEADS, DIM, dtype=dtype)
     attention.attend(query, make_kv(kv_dtype), 1, batch, spec)
+
+
+def multiply_quantised() -> None:
+    """Few tokens and many, by weights of 8 bits (a scale per row, or blocks) and of 4."""
+    products = TritonQuantised(TARGET, BF16, linear)
+    size = 1024
+    values = torch.zeros(size, size, dtype=torch.uint8).view(FP8)
+    rows = ScaledMatrix(values, torch.ones(size, 1), 1, size, quantises_inputs=True)
+    parts = ScaledMatrix(values, torch.ones(size // 128, size // 128), 128, 128, quantises_inputs=True)
+    codes = CodedMatrix(torch.zeros(size, size // 2, dtype=torch.uint8), 4, size, torch.ones(size // 128, size), 128)
+    for matrix in (rows, replace(rows, quantises_inputs=False), parts, codes):
+        product = products.linear([matrix], None)
+        for tokens in (16, 512):
+            product(torch.zeros(tokens, size, dtype=BF16))
+
+
+def move_blocks() -> None:
+    memory, index = torch.zeros(8, 1 << 16, dtype=torch.uint8), torch.arange(8)
+    blocks.copy_blocks(memory, index, memory, index)
+    blocks.sum_blocks(memory, index, torch.zeros(1 << 14, dtype=torch.int64))
 
 
 def main() -> None:
@@ -77,7 +108,10 @@ def main() -> None:
         attend(attention, kv_dtype, plain, 0, 4096)
     attend(attention, BF16, plain, 256, 0)
     attend(attention, BF16, bent, 4, 64)
+    attend(attention, torch.float32, plain, 4, 64, dtype=torch.float32)
     attend(invariant, BF16, plain, 4, 64)
+    multiply_quantised()
+    move_blocks()
     x = torch.zeros(64, 4096, dtype=BF16)
     InvariantLinears(TARGET).linear([torch.zeros(512, 4096, dtype=BF16)], torch.zeros(512, dtype=BF16))(x)
     fused.add_norm(x, x, x[0], 1e-5)
