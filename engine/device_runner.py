@@ -68,7 +68,10 @@ class DeviceRunner:
         draws = draws_of(batch, logit_row)
         drawn = None
         if draws:
-            drawn = sample_on_device(logits, draws, self._model.kernels.draw, self._tokens)
+            kernels = self._model.kernels
+            drawn = sample_on_device(
+                logits, draws, kernels.draw, self._tokens, is_batch_invariant=kernels.is_batch_invariant
+            )
             self._tokens = drawn.tokens
         num_bad = (~torch.isfinite(logits.sum(-1))).sum()
         here = None if drawn is None else drawn.on_host()

@@ -63,18 +63,24 @@ class Drawn:
 
 @torch.inference_mode()
 def sample_on_device(
-    logits: Tensor, draws: Sequence[Draw], draw: Callable[[Tensor, DrawRules], Tensor], drawn: Tensor | None = None
+    logits: Tensor,
+    draws: Sequence[Draw],
+    draw: Callable[[Tensor, DrawRules], Tensor],
+    drawn: Tensor | None = None,
+    *,
+    is_batch_invariant: bool = False,
 ) -> Drawn:
     """Draws from float32 ``logits [rows, vocab_size]``, which are not changed. There is one draw at least.
 
-    ``drawn``: the tokens of the step before, which draws may follow.
+    ``drawn``: the tokens of the step before, which draws may follow. ``is_batch_invariant``: log probabilities have the
+    same bits beside any others; ``draw`` sees to the tokens.
     """
     rows = upload([each.row for each in draws], torch.int64, logits.device)
     scores = logits.index_select(0, rows)
     _restrict(scores, draws)
     _penalise(scores, draws, drawn)
     tokens = draw(scores, rules_of([each.spec for each in draws]))
-    return Drawn(tokens, _logprobs(logits, rows, tokens, _wishes(draws)))
+    return Drawn(tokens, _logprobs(logits, rows, tokens, _wishes(draws), is_batch_invariant))
 
 
 # -- what changes scores -----------------------------------------------------------------------------------------------
@@ -160,14 +166,19 @@ def _wishes(draws: Sequence[Draw]) -> list[tuple[int, int]]:
     return [(place, num_top) for place, num_top in wanted if num_top is not None]
 
 
-def _logprobs(logits: Tensor, rows: Tensor, tokens: Tensor, wishes: Sequence[tuple[int, int]]) -> Logprobs | None:
+def _logprobs(
+    logits: Tensor, rows: Tensor, tokens: Tensor, wishes: Sequence[tuple[int, int]], is_batch_invariant: bool
+) -> Logprobs | None:
     """Of raw ``logits``. Equally likely tokens are listed by id."""
     if not wishes:
         return None
     vocab_size = logits.shape[1]
     asking = upload([place for place, _ in wishes], torch.int64, logits.device)
     raw = logits.index_select(0, rows.index_select(0, asking))
-    total = raw.logsumexp(-1, keepdim=True)
+    if is_batch_invariant:  # how torch splits a row's sum depends on how many rows there are
+        total = torch.stack([row.logsumexp(0, keepdim=True) for row in raw])
+    else:
+        total = raw.logsumexp(-1, keepdim=True)
     own = raw.gather(1, tokens.index_select(0, asking)[:, None])
     rank = (raw > own).sum(-1) + 1
     most = min(max(num_top for _, num_top in wishes), vocab_size)

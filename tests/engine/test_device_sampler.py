@@ -122,3 +122,28 @@ def test_torch_itself_sees_no_wait(draw: Kernel) -> None:
         sample_on_device(logits, draws, draw).on_host()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+def test_batch_invariant_log_probabilities_have_the_same_bits_alone_and_beside_others() -> None:
+    """Over a vocabulary so large that torch may cut a row's sum up, by how many rows there are."""
+    generator = torch.Generator().manual_seed(3)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    params = SamplingParams(temperature=0.0, seed=0, logprobs=2).checked()
+    spec = SampleSpec(0, 0, 0, params, (), ())
+    try:
+        for _ in range(12):
+            logits = (torch.randn(8, 128_256, generator=generator) * 3).to(DEVICE)
+            together = logprobs_of(logits, spec)
+            alone = [logprobs_of(logits[row : row + 1], spec)[0] for row in range(8)]
+            assert together == alone
+    finally:
+        torch.set_num_threads(threads)
+
+
+def logprobs_of(logits: torch.Tensor, spec: SampleSpec) -> list[Sampled]:
+    draws = [Draw(row, spec) for row in range(logits.shape[0])]
+    drawn = sample_on_device(logits, draws, reference.draw, is_batch_invariant=True).on_host()
+    if DEVICE.type == "cuda":
+        torch.cuda.synchronize()
+    return drawn.sampled(draws)
