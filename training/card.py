@@ -69,8 +69,8 @@ The draft guesses {guessed:.0%} of the tokens of these answers ({count} of them)
 {parts}
 
 `make builtin-model` makes it anew: a seeded program writes all data (nothing was downloaded), learns the tokenizer,
-trains both, exports them here, asks the questions above, and writes this page. The weights are the mean of those at the
-ends of the last three rounds of training. Times are of {machine}, other work on them included: on 2 cores with AVX-512 that
-do nothing else, steps timed all along the way add up to 100 minutes. A run may be interrupted and goes on where it was.
-The code is in `training/`.
+trains both, exports them here, asks the questions above, and writes this page. The weights are the mean of those at
+the ends of the last three rounds of training. Times are of {machine}, other work on them included: on 2 cores with
+AVX-512 that do nothing else, steps timed all along the way add up to 100 minutes. A run may be interrupted and goes on
+where it was. The code is in `training/`.
 """
