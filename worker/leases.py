@@ -40,6 +40,8 @@ class Leases:
         self._away_s = away_s
         self._deadlines: dict[RequestId, float] = {}
         self._timer: asyncio.TimerHandle | None = None
+        self._fires_at = 0.0
+        """Of the timer. uvloop's handles do not say it where the time has come already."""
 
     def __contains__(self, request: RequestId) -> bool:
         return request in self._deadlines
@@ -83,10 +85,11 @@ class Leases:
             return
         earliest = min(self._deadlines.values())
         if self._timer is not None:
-            if self._timer.when() <= earliest:
+            if self._fires_at <= earliest:
                 return
             self._timer.cancel()
         self._timer = asyncio.get_running_loop().call_at(earliest, self._expire)
+        self._fires_at = earliest
 
     def _expire(self) -> None:
         self._timer = None

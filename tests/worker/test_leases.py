@@ -99,3 +99,19 @@ async def test_what_is_granted_while_its_router_is_away_ends_soon(expired: Expir
     assert expired.requests == [B]
     assert A in leases
     leases.close()
+
+
+def test_a_lease_whose_time_has_come_does_not_stop_the_next_one_on_uvloop() -> None:
+    uvloop = pytest.importorskip("uvloop")
+
+    async def grant_two() -> list[RequestId]:
+        ended: list[RequestId] = []
+        leases = Leases(ended.append)
+        leases.grant(A, 0.0)
+        leases.grant(B, 3600.0)
+        await asyncio.sleep(0.01)
+        leases.close()
+        return ended
+
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        assert runner.run(grant_two()) == [A]
