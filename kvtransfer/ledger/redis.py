@@ -143,7 +143,7 @@ class RedisLedger:
         keys = self.keys
         accepted, nonce, sequence = await self._run(
             self._scripts.heartbeat,
-            [*self._worker_keys(record.worker, record.epoch), keys.events, keys.nonce],
+            [*self._worker_keys(record.worker, record.epoch), keys.nonce],
             [
                 record.worker,
                 record.epoch,
@@ -160,7 +160,7 @@ class RedisLedger:
 
     async def deregister(self, worker: WorkerId, epoch: Epoch) -> bool:
         """Takes this incarnation off at once, inventory included. False when it was not on the ledger."""
-        keys = [*self._worker_keys(worker, epoch), self.keys.events]
+        keys = self._worker_keys(worker, epoch)
         return bool(await self._run(self._scripts.deregister, keys, [worker, epoch, self._most_events]))
 
     async def members(self) -> Members:
@@ -193,8 +193,8 @@ class RedisLedger:
         return _checked_sequence(
             await self._run(
                 self._scripts.publish,
-                self._inventory_keys(epoch),
-                [worker, epoch, DEVICE, self._ttl_ms, self._most_events, first, *encoded],
+                self._worker_keys(worker, epoch),
+                [worker, epoch, DEVICE, self._most_events, first, *encoded],
             )
         )
 
@@ -215,8 +215,8 @@ class RedisLedger:
             return _checked_sequence(
                 await self._run(
                     self._scripts.replace,
-                    [*self._inventory_keys(epoch), staging],
-                    [worker, epoch, DEVICE, self._ttl_ms, self._most_events, sequence, len(unique)],
+                    [*self._worker_keys(worker, epoch), staging],
+                    [worker, epoch, DEVICE, self._most_events, sequence, len(unique)],
                 )
             )
         except OutOfStep:
@@ -300,11 +300,7 @@ class RedisLedger:
 
     def _worker_keys(self, worker: str, epoch: str) -> list[str]:
         keys = self.keys
-        return [keys.workers, keys.worker(worker), keys.sequence(epoch), keys.inventory(epoch)]
-
-    def _inventory_keys(self, epoch: str) -> list[str]:
-        keys = self.keys
-        return [keys.workers, keys.sequence(epoch), keys.inventory(epoch), keys.events]
+        return [keys.workers, keys.worker(worker), keys.sequence(epoch), keys.inventory(epoch), keys.events]
 
     def _readable(self, decode: Callable[[Any], _T], data: object) -> _T | None:
         try:

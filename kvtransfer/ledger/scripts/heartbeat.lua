@@ -19,9 +19,9 @@ if holder and holder ~= epoch then
 end
 
 redis.call('HSET', KEYS[1], worker, epoch)
-redis.call('SET', KEYS[2], record, 'PX', ttl)
 redis.call('PEXPIRE', KEYS[3], ttl)
 redis.call('PEXPIRE', KEYS[4], ttl)
+redis.call('SET', KEYS[2], record, 'PX', ttl) -- last: nothing outlives the record
 if holder ~= epoch or not is_alive then
   redis.call('XADD', KEYS[5], 'MAXLEN', '~', maxlen, '*', 'kind', 'joined', 'worker', worker, 'epoch', epoch)
 end

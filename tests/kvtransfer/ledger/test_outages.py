@@ -172,6 +172,7 @@ async def test_a_full_redis_is_as_good_as_away(local_redis: LocalRedis, fill: Ch
                 await asyncio.sleep(0.01)
         with pytest.raises(LedgerAway):
             await ledger.advance(handoff("other", 1, Stage.ROUTED))
+        assert believer.holds("e1", blocks(1, 2)), "nothing has been written since"
         assert set(believer.workers) == {"d0"}, "its record has expired, but only because it could not be renewed"
 
         await empty(local_redis)

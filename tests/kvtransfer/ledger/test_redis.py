@@ -19,6 +19,7 @@ from proto.lifecycle import Stage
 from proto.settings import LedgerSettings
 from tandem.local_redis import LocalRedis
 from tests.support.ledger import block, blocks, handoff, worker_record
+from tests.support.redis import exhaust_memory, give_memory
 
 W, E1, E2 = WorkerId("d0"), Epoch("e1"), Epoch("e2")
 
@@ -106,6 +107,46 @@ async def test_a_heartbeat_keeps_the_inventory_alive(ledger: RedisLedger, raw: R
     assert (await ledger.heartbeat(worker_record())).sequence == 1
     for key in ("test:inventory:device:e1", "test:sequence:e1", "test:worker:d0"):
         assert await raw.pttl(key) > 1000
+
+
+async def test_no_inventory_outlives_its_worker(local_redis: LocalRedis, audit: LedgerAudit, raw: Redis) -> None:
+    names = ("test:inventory:device:e1", "test:sequence:e1", "test:worker:d0")
+
+    async def ends() -> list[int]:
+        return [await raw.pttl(name) for name in names]
+
+    async with RedisLedger(local_redis.url, "test", ttl_s=60.0) as ledger:
+        await ledger.register(worker_record())
+        await raw.pexpire("test:worker:d0", 20_000)
+        await ledger.replace(W, E1, 1, blocks(1))
+        assert max(await ends()) <= 20_000
+        await raw.pexpire("test:worker:d0", 10_000)
+        await ledger.publish(W, E1, 2, [Stored(blocks(2))])
+        assert max(await ends()) <= 10_000
+        await raw.delete("test:worker:d0")  # as if it had expired, and nobody had tidied its name away yet
+        with pytest.raises(NotRegistered):
+            await ledger.publish(W, E1, 3, [Stored(blocks(3))])
+        with pytest.raises(NotRegistered):
+            await ledger.replace(W, E1, 3, blocks(3))
+        assert (await ledger.heartbeat(worker_record())).sequence == 2
+        await ledger.publish(W, E1, 3, [Stored(blocks(3))])
+        await audit.check()
+
+
+async def test_a_redis_without_memory_takes_no_part_of_a_write(
+    local_redis: LocalRedis, ledger: RedisLedger, audit: LedgerAudit
+) -> None:
+    await ledger.register(worker_record())
+    await ledger.replace(W, E1, 1, blocks(1, 2))
+    await exhaust_memory(local_redis)
+    for changes in ([Evicted(blocks(2)), Stored(blocks(3))], [Cleared()], [Evicted(blocks(1))]):
+        with pytest.raises(LedgerAway, match="used memory"):
+            await ledger.publish(W, E1, 2, changes)
+    with pytest.raises(LedgerAway, match="used memory"):
+        await ledger.replace(W, E1, 2, [])
+    await give_memory(local_redis)
+    assert await ledger.snapshot(E1) == Snapshot(frozenset(blocks(1, 2)), 1)
+    await audit.check()
 
 
 async def test_a_new_incarnation_takes_the_name_and_the_old_one_can_write_nothing(
