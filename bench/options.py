@@ -45,7 +45,7 @@ class CheckpointWish:
     has_weights: bool
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise SettingsError(f"{message[:1].upper()}{message[1:]}. `{self.prog} --help` lists the flags.")
 
@@ -82,7 +82,7 @@ def read_serve(argv: Sequence[str], environ: Mapping[str, str]) -> ServeSettings
 
 
 def read_compare(argv: Sequence[str]) -> tuple[Path, Path]:
-    parser = _Parser("tandem bench compare", description="Prints two saved results and their ratios.")
+    parser = Parser("tandem bench compare", description="Prints two saved results and their ratios.")
     parser.add_argument("a", metavar="A.json", type=Path)
     parser.add_argument("b", metavar="B.json", type=Path)
     given = parser.parse_args(argv)
@@ -90,7 +90,7 @@ def read_compare(argv: Sequence[str]) -> tuple[Path, Path]:
 
 
 def read_checkpoint(argv: Sequence[str]) -> CheckpointWish:
-    parser = _Parser(
+    parser = Parser(
         "tandem bench checkpoint",
         description="Writes a Llama checkpoint with random weights in Hugging Face's format: for speed, not for sense.",
     )
@@ -107,7 +107,7 @@ def read_checkpoint(argv: Sequence[str]) -> CheckpointWish:
 
 def _serve_parser() -> argparse.ArgumentParser:
     about = "Measures a running server that speaks OpenAI's API: Tandem or another."
-    parser = _Parser("tandem bench serve", description=about, allow_abbrev=False)
+    parser = Parser("tandem bench serve", description=about, allow_abbrev=False)
     _add_server(parser.add_argument_group("server"))
     _add_dataset(parser.add_argument_group("prompts"))
     _add_load(parser.add_argument_group("load"))

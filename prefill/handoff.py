@@ -37,16 +37,16 @@ class Dispatcher:
         self._epoch = epoch
         self._refusals = refusals
         self._address = address
+        self._offers: tuple[TransportOffer, ...] = ()
 
     async def open(self) -> None:
-        """Makes what is offered, once and off the event loop: registering memory takes its time. Raises SettingsError
-        where none of the transports works here."""
-        await asyncio.to_thread(self._offers)
-
-    def _offers(self) -> tuple[TransportOffer, ...]:
-        return transport_offers(self._transports, self._host.parts.kv, address=self._address())
+        """Makes what every hand-off offers, off the event loop: registering memory takes its time. Before the first
+        ``session``. Raises SettingsError where none of the transports works here."""
+        kv, address = self._host.parts.kv, self._address()
+        self._offers = await asyncio.to_thread(transport_offers, self._transports, kv, address=address)
 
     def session(self, job: Job, events: SendEvents) -> SendSession:
+        assert self._offers, "opened before the first prompt"
         request, parts = job.request, self._host.parts
         layout = parts.facts.layout
         offer = Offer(
@@ -57,7 +57,7 @@ class Dispatcher:
             num_tokens=len(request.prefix),
             num_choices=request.params.n,
             hashes=tuple(parts.hasher.all_blocks(request.prefix, request.cache_salt)),
-            transports=self._offers(),
+            transports=self._offers,
             lease_s=job.lease_s,
         )
         return SendSession(offer, parts.kv, self._connect, job.decode, events, refusals=self._refusals)

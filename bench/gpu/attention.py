@@ -15,7 +15,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from bench.gpu.figures import Entry, Figure, Goal, Missing
 from bench.gpu.lab import Lab, Work, relative_error
-from bench.gpu.sizes import Chunks
+from bench.gpu.sizes import BLOCK_SIZE, Chunks
 from engine.batch import Row, StepBatch
 from engine.kv_memory import KvMemory
 from engine.step_inputs import flatten
@@ -23,7 +23,6 @@ from kernels import dispatch, reference
 from kernels.types import AttentionSpec, PagedKv, Ragged
 from proto.layout import FP8, KvLayout
 
-BLOCK_SIZE = 16
 _ERROR = Goal(0.01, is_least=False, of_time=False)
 _BACKENDS = (
     SDPBackend.FLASH_ATTENTION,

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
-import gc
 import importlib
 import json
 import os
@@ -15,9 +13,10 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
 from bench.gpu.figures import Entry, Figure, Missing, Section, table, to_json
+from bench.options import Parser
 from proto.errors import SettingsError
 from router.values import JsonObject
 
@@ -25,37 +24,22 @@ if TYPE_CHECKING:
     from bench.gpu.lab import Lab
 
 SECTIONS = {
-    "decode": "decode attention",
-    "chunks": "attention of chunks",
-    "steps": "whole steps",
-    "fp8": "fp8 weights",
-    "handoff": "a hand-off between two processes",
-    "bits": "the same bits, and what they cost",
-    "exact": "the same tokens as on a CPU",
-    "stack": "the whole stack",
-    "peer": "against transformers' continuous batching",
+    "decode": ("decode attention", "attention:measure_decode"),
+    "chunks": ("attention of chunks", "attention:measure_chunks"),
+    "steps": ("whole steps", "steps:measure"),
+    "fp8": ("fp8 weights", "steps:measure_fp8"),
+    "handoff": ("a hand-off between two processes", "handoff:measure"),
+    "bits": ("the same bits, and what they cost", "exact:measure_bits"),
+    "exact": ("the same tokens as on a CPU", "exact:measure_tokens"),
+    "stack": ("the whole stack", "stack:measure"),
+    "peer": ("against transformers' continuous batching", "peers:measure"),
 }
-_FUNCTIONS = {
-    "decode": "attention:measure_decode",
-    "chunks": "attention:measure_chunks",
-    "steps": "steps:measure",
-    "fp8": "steps:measure_fp8",
-    "handoff": "handoff:measure",
-    "bits": "exact:measure_bits",
-    "exact": "exact:measure_tokens",
-    "stack": "stack:measure",
-    "peer": "peers:measure",
-}
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise SettingsError(f"{message[:1].upper()}{message[1:]}. `{self.prog} --help` lists the flags.")
+"""What each is called, and the module and function that measure it."""
 
 
 def main(argv: Sequence[str]) -> int:
     """0; 1 where something failed that could have been measured. Raises SettingsError."""
-    parser = _Parser("tandem bench gpu", description="Measures this machine's GPU as Tandem uses it.")
+    parser = Parser("tandem bench gpu", description="Measures this machine's GPU as Tandem uses it.")
     names = ", ".join(SECTIONS)
     parser.add_argument("--only", action="append", choices=list(SECTIONS), metavar="SECTION", help=f"of {names}")
     parser.add_argument("--toy", action="store_true", help="tiny sizes; without a GPU on Triton's interpreter")
@@ -86,7 +70,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _measured(name: str, lab: Lab) -> Section:
-    import torch
+    from bench.gpu.lab import free_memory
 
     began = time.monotonic()
     entries: list[Entry] = []
@@ -100,15 +84,13 @@ def _measured(name: str, lab: Lab) -> Section:
     except Exception as error:  # the other sections can be measured all the same
         traceback.print_exc()
         entries.append(Missing("the rest", f"{type(error).__name__}: {error}", is_fault=True))
-    gc.collect()
-    if lab.is_gpu:
-        torch.cuda.empty_cache()
-    return Section(SECTIONS[name], tuple(entries), time.monotonic() - began)
+    free_memory()
+    return Section(SECTIONS[name][0], tuple(entries), time.monotonic() - began)
 
 
 def _section(name: str) -> Callable[[Lab], Iterator[Entry]]:
     """Loaded when it is wanted: one may lack a package that the others do not need."""
-    module, function = _FUNCTIONS[name].split(":")
+    module, function = SECTIONS[name][1].split(":")
     found: Callable[[Lab], Iterator[Entry]] = getattr(importlib.import_module(f"bench.gpu.{module}"), function)
     return found
 

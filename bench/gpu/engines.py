@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import random
 import statistics
 import time
@@ -11,10 +10,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-import torch
-
 from bench.checkpoint import write_description
-from bench.gpu.lab import Lab
+from bench.gpu.lab import Lab, free_memory
+from bench.gpu.sizes import BLOCK_SIZE
 from engine.build import EngineParts, build_core, load_engine_parts
 from engine.core import EngineCore
 from engine.output import StepOutput
@@ -22,7 +20,6 @@ from proto.ids import RequestId
 from proto.request import Request, SamplingParams, TokenOut
 from proto.settings import CacheSettings, EngineSettings, ModelSettings, SchedulerSettings
 
-BLOCK_SIZE = 16
 _WARM_UP_STEPS = 3
 
 
@@ -32,14 +29,15 @@ def settings(lab: Lab, **model: object) -> EngineSettings:
     ``model``: fields of ``ModelSettings`` beside those.
     """
     sizes = lab.sizes
+    num_tokens = _num_tokens_asked(max(sizes.steps), sizes.context, sizes.num_steps, sizes.batch_tokens)
     longest = max(
         sizes.prompt + sizes.compared,
-        sizes.context + _num_asked(max(sizes.steps), sizes.context, sizes.num_steps, sizes.batch_tokens),
+        sizes.context + num_tokens,
         sizes.batch_prompt + sizes.batch_output,
     )
     length = -(-(longest + BLOCK_SIZE) // BLOCK_SIZE) * BLOCK_SIZE
     rows = max(*sizes.steps, sizes.batch_size, sizes.among + 1)
-    growth = _num_asked(max(sizes.steps), sizes.context, sizes.num_steps, sizes.batch_tokens) + 2 * BLOCK_SIZE
+    growth = num_tokens + 2 * BLOCK_SIZE
     captured = {1, *sizes.steps, sizes.quantised_batch, sizes.batch_size, sizes.among + 1}
     wish = ModelSettings(
         model=str(described(lab)),
@@ -82,9 +80,7 @@ def opened(wish: EngineSettings) -> Iterator[Engine]:
     finally:
         engine.parts.kv.close()
         vars(engine).clear()  # whoever still has a name for it must not keep its memory
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        free_memory()
 
 
 def _open(wish: EngineSettings) -> Engine:
@@ -96,7 +92,7 @@ def _open(wish: EngineSettings) -> Engine:
 class Engine:
     core: EngineCore
     parts: EngineParts
-    _num_asked: int = field(default=0, init=False)
+    _num_requests: int = field(default=0, init=False)
 
     def prompts(self, count: int, length: int, seed: int) -> list[tuple[int, ...]]:
         random_ = random.Random(seed)
@@ -107,9 +103,9 @@ class Engine:
         self, prompt: tuple[int, ...], num_tokens: int, *, logprobs: int | None = None, forced: tuple[int, ...] = ()
     ) -> RequestId:
         """Greedily, to the given length."""
-        self._num_asked += 1
+        self._num_requests += 1
         params = SamplingParams(temperature=0.0, max_tokens=num_tokens, ignore_eos=True, seed=0, logprobs=logprobs)
-        name = RequestId(f"bench-{self._num_asked}")
+        name = RequestId(f"bench-{self._num_requests}")
         self.core.add(Request(id=name, prompt=prompt, params=params.checked(), forced=(forced,) if forced else ()))
         return name
 
@@ -130,7 +126,7 @@ class Engine:
 
     def decode_step_s(self, num_rows: int, context: int, num_steps: int) -> float:
         """The median time of a step of ``num_rows`` that decode behind ``context`` tokens and a few more."""
-        num_tokens = _num_asked(num_rows, context, num_steps, self.parts.facts.max_num_batched_tokens)
+        num_tokens = _num_tokens_asked(num_rows, context, num_steps, self.parts.facts.max_num_batched_tokens)
         for prompt in self.prompts(num_rows, context, seed=num_rows):
             self.ask(prompt, num_tokens)
         times: list[float] = []
@@ -155,7 +151,7 @@ class Engine:
         return statistics.median(times)
 
 
-def _num_asked(num_rows: int, context: int, num_steps: int, batch_tokens: int) -> int:
+def _num_tokens_asked(num_rows: int, context: int, num_steps: int, batch_tokens: int) -> int:
     """Tokens for each row, so that all decode together for ``num_steps`` steps: the first one in goes on until the last
     prompt has been read."""
     return num_steps + _WARM_UP_STEPS + 2 + -(-num_rows * context // (batch_tokens - num_rows))

@@ -19,6 +19,7 @@ from bench.gpu.children import environment
 from bench.gpu.figures import Entry, Figure, Goal
 from bench.gpu.lab import Lab
 from bench.gpu.sender import DECODE
+from bench.gpu.sizes import BLOCK_SIZE
 from engine import device_blocks
 from engine.device_blocks import BlockKernels, CudaLane, DeviceBlocks
 from engine.kv_memory import KvMemory
@@ -32,7 +33,6 @@ from proto.ids import BlockId
 from proto.layout import KvLayout, MemoryExport
 from service.rpc import serve
 
-BLOCK_SIZE = 16
 _COUNT = 12
 _NOT_COUNTED = 2
 _COPY = Goal(0.6)

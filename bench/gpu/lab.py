@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -134,6 +135,13 @@ def _copy_s(device: torch.device, num_bytes: int, clock: Clock) -> float:
     source = torch.randint(0, 256, (num_bytes,), dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     return clock.seconds([lambda: target.copy_(source)])
+
+
+def free_memory() -> None:
+    """Gives the device back what nothing refers to any more."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def relative_error(found: Tensor, right: Tensor) -> float:

@@ -6,6 +6,9 @@ from dataclasses import dataclass
 
 from bench.settings import SHAPES, Shape
 
+BLOCK_SIZE = 16
+"""Tokens to a block of KV, in all that is measured."""
+
 
 @dataclass(frozen=True, slots=True)
 class Chunks:

@@ -11,7 +11,9 @@ that it has proved to work: it has read a nonce of P's through it.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Any, Protocol
+
+import msgpack
 
 from kvtransfer.tasks import off_loop
 from kvtransfer.transport import BlockStore
@@ -172,3 +174,13 @@ async def choose(offer: Offer, readers: Sequence[PayloadReader], store: BlockSto
 
 def inline_offers(*names: str) -> tuple[TransportOffer, ...]:
     return tuple(TransportOffer(name) for name in names)
+
+
+def detail_fields(detail: bytes, count: int) -> list[Any] | None:
+    """The first ``count`` fields of an offer's detail, of whatever types; None where it has not so many. A newer
+    version may have put more behind them."""
+    try:
+        fields = msgpack.unpackb(detail)
+    except (ValueError, msgpack.UnpackException):
+        return None
+    return fields[:count] if isinstance(fields, list) and len(fields) >= count else None

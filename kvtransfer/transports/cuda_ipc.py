@@ -22,7 +22,7 @@ import msgpack
 from torch import Tensor
 
 from kvtransfer.transport import BlockStore, DeviceBlocks
-from kvtransfer.transports import CUDA_IPC, Payload
+from kvtransfer.transports import CUDA_IPC, Payload, detail_fields
 from kvtransfer.transports.device import BATCH_BYTES, as_blocks, find_blocks
 from kvtransfer.transports.mapping import Mapping, Mappings
 from proto.handoff import TransportOffer
@@ -86,13 +86,10 @@ def cuda_ipc_offer(driver: IpcDriver, device: DeviceBlocks) -> TransportOffer:
 
 def read_export(detail: bytes) -> DeviceExport | None:
     """What D understands of it; None where that is nothing."""
-    try:
-        fields = msgpack.unpackb(detail)
-    except (ValueError, msgpack.UnpackException):
+    fields = detail_fields(detail, 6)
+    if fields is None:
         return None
-    if not isinstance(fields, list) or len(fields) < 6:
-        return None
-    pid, namespace, token, offset, num_bytes, nonce = fields[:6]
+    pid, namespace, token, offset, num_bytes, nonce = fields
     numbers, texts = (pid, namespace, offset, num_bytes), (token, nonce)
     if not all(type(number) is int and number >= 0 for number in numbers):
         return None

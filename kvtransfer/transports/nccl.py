@@ -23,7 +23,7 @@ import msgpack
 
 from kvtransfer.tasks import in_thread
 from kvtransfer.transport import BlockStore, DeviceBlocks
-from kvtransfer.transports import NCCL
+from kvtransfer.transports import NCCL, detail_fields
 from kvtransfer.transports.device import BATCH_BYTES, PeerSource
 from kvtransfer.transports.pairs import (
     METHOD,
@@ -71,12 +71,8 @@ def nccl_offer(device: DeviceBlocks, layout: KvLayout, address: str) -> Transpor
 
 def read_offer(detail: bytes) -> NcclOffer | None:
     """What D understands of it; None where that is nothing."""
-    try:
-        fields = msgpack.unpackb(detail)
-    except (ValueError, msgpack.UnpackException):
-        return None
-    match fields:
-        case [str(address), int(num_blocks), bytes(nonce), *_] if num_blocks > 0 and nonce:
+    match detail_fields(detail, 3):
+        case [str(address), int(num_blocks), bytes(nonce)] if num_blocks > 0 and nonce:
             offer = NcclOffer(address, num_blocks, nonce)
         case _:
             return None

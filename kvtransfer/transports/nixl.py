@@ -24,7 +24,7 @@ from torch import Tensor
 
 from kvtransfer.tasks import in_thread, off_loop
 from kvtransfer.transport import BlockStore
-from kvtransfer.transports import NIXL
+from kvtransfer.transports import NIXL, detail_fields
 from kvtransfer.transports.device import PeerSource
 from kvtransfer.transports.nixl_landing import (
     DRAM,
@@ -73,13 +73,10 @@ def nixl_offer(agent: Agent, store: BlockStore) -> TransportOffer:
 
 def read_offer(detail: bytes) -> NixlOffer | None:
     """What D understands of it; None where that is nothing."""
-    try:
-        fields = msgpack.unpackb(detail)
-    except (ValueError, msgpack.UnpackException):
+    fields = detail_fields(detail, 6)
+    if fields is None:
         return None
-    if not isinstance(fields, list) or len(fields) < 6:
-        return None
-    metadata, address, num_bytes, kind, device, nonce = fields[:6]
+    metadata, address, num_bytes, kind, device, nonce = fields
     if not all(type(number) is int and number >= 0 for number in (address, num_bytes, device)):
         return None
     if not all(isinstance(text, bytes) and text for text in (metadata, nonce)) or kind not in (DRAM, VRAM):

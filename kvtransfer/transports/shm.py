@@ -16,7 +16,7 @@ from dataclasses import astuple
 import msgpack
 
 from kvtransfer.transport import BlockStore
-from kvtransfer.transports import HOST_BATCH_BYTES, SHM, Payload, located_block, place_each
+from kvtransfer.transports import HOST_BATCH_BYTES, SHM, Payload, detail_fields, located_block, place_each
 from kvtransfer.transports.mapping import Mapping, Mappings
 from proto.handoff import TransportOffer
 from proto.ids import BlockId, Epoch
@@ -30,13 +30,10 @@ def shm_offer(export: MemoryExport) -> TransportOffer:
 
 def read_export(detail: bytes) -> MemoryExport | None:
     """What D understands of it; None where that is nothing."""
-    try:
-        fields = msgpack.unpackb(detail)
-    except (ValueError, msgpack.UnpackException):
+    fields = detail_fields(detail, 5)
+    if fields is None:
         return None
-    if not isinstance(fields, list) or len(fields) < 5:
-        return None
-    *numbers, nonce = fields[:5]
+    *numbers, nonce = fields
     if not all(type(number) is int and number >= 0 for number in numbers) or not isinstance(nonce, bytes) or not nonce:
         return None
     pid, fd, num_bytes, nonce_offset = numbers
