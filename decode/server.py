@@ -9,7 +9,7 @@ from kvtransfer.transports.grpc import handoff_handler
 from proto.control import Role
 from proto.settings import EngineSettings, LedgerSettings, LogSettings, RpcSettings, WorkerSettings
 from service import logs as service_logs
-from service.process import run_service
+from service.process import CLOSE_S, run_service
 from worker.service import TOMBSTONE_S, TierParts, WorkerContext, WorkerService
 
 
@@ -34,4 +34,4 @@ def run(
     """Runs one decode worker until a signal; returns the exit code. Raises SettingsError."""
     service_logs.setup(logs)
     service = WorkerService(Role.DECODE, engine, worker, ledger, _build, rpc)
-    return run_service(service, drain_timeout=worker.drain_timeout)
+    return run_service(service, drain_timeout=worker.drain_timeout + CLOSE_S)

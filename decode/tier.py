@@ -83,8 +83,9 @@ class DecodeTier:
         await self._idle.wait()
 
     async def close(self) -> None:
+        """What is unfinished goes back to its router, to go on elsewhere."""
         for seat in list(self._seats.values()):
-            self._drop(seat, "the decode worker stops")
+            self._give_up(seat, "the decode worker stops", RejectReason.DRAINING)
         self._leases.close()
         await self._tasks.aclose()
         for reader in self._readers:
@@ -348,10 +349,10 @@ class DecodeTier:
         if self._orphaned is not None:
             self._orphaned(seat.request, seat.generation)
 
-    def _give_up(self, seat: Seat, reason: str) -> None:
+    def _give_up(self, seat: Seat, reason: str, as_told: RejectReason = RejectReason.UNKNOWN) -> None:
         """By our own decision: the router, if it is there and waits for it, need not find out by waiting."""
         if seat.attach is not None and not seat.is_done:
-            self._news.reject(seat.request, seat.generation, RejectReason.UNKNOWN, reason)
+            self._news.reject(seat.request, seat.generation, as_told, reason)
         self._drop(seat, reason)
 
     def _drop(self, seat: Seat, reason: str) -> None:

@@ -21,7 +21,7 @@ class Job:
     decode: Peer
     lease_s: float
     key: RequestId
-    clock: StageClock = field(default_factory=lambda: StageClock(Stage.QUEUED))
+    clock: StageClock = field(default_factory=lambda: StageClock(Stage.ROUTED))
     num_cached: int = 0
     is_computed: bool = False
     is_held: bool = False

@@ -16,7 +16,7 @@ from prefill.tier import PrefillTier
 from proto.control import Peer, Role
 from proto.settings import EngineSettings, LedgerSettings, LogSettings, RpcSettings, WorkerSettings
 from service import logs as service_logs
-from service.process import run_service
+from service.process import CLOSE_S, run_service
 from service.rpc import TlsFiles
 from worker.service import TOMBSTONE_S, TierParts, WorkerContext, WorkerService
 
@@ -64,4 +64,4 @@ def run(
     """Runs one prefill worker until a signal; returns the exit code. Raises SettingsError."""
     service_logs.setup(logs)
     service = WorkerService(Role.PREFILL, engine, worker, ledger, _build, rpc)
-    return run_service(service, drain_timeout=worker.drain_timeout)
+    return run_service(service, drain_timeout=worker.drain_timeout + CLOSE_S)

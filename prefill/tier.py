@@ -87,8 +87,9 @@ class PrefillTier:
         await self._idle.wait()
 
     async def close(self) -> None:
+        """What is unfinished goes back to its router, to go on elsewhere."""
         for job in list(self._jobs.values()):
-            self._drop(job, "the prefill worker stops")
+            self._give_up(job, "the prefill worker stops", RejectReason.DRAINING)
         self._leases.close()
         await self._tasks.aclose()
 
@@ -124,6 +125,7 @@ class PrefillTier:
         self._jobs[request.id] = self._by_key[job.key] = job
         self._idle.clear()
         self._leases.grant(request.id, message.lease_s)
+        self._progress(job, Stage.QUEUED)
         engine_request = replace(request, id=job.key)
         admitted = self._host.post(lambda core: core.add(engine_request, hold=True))
         self._tasks.spawn(self._admit(job, admitted))
@@ -194,13 +196,16 @@ class PrefillTier:
         first_tokens: dict[RequestId, list[TokenOut]] = {}
         for token in output.tokens:
             first_tokens.setdefault(token.request, []).append(token)
+        for key in first_tokens:
+            if job := self._by_key.get(key):
+                # Before the tokens: with those of a request that ends here, its router forgets it.
+                self._progress(job, Stage.SEALED, num_cached=job.num_cached)
         self._send_tokens(first_tokens)
         for filled in output.filled:
             if job := self._by_key.get(filled.request):
                 self._pass_on(job, filled, first_tokens.get(filled.request, []))
         for key, tokens in first_tokens.items():
             if (job := self._by_key.get(key)) and all(token.finish is not None for token in tokens):
-                self._progress(job, Stage.SEALED, num_cached=job.num_cached)
                 self._drop(job, "finished at the first token")
 
     def _send_tokens(self, first_tokens: dict[RequestId, list[TokenOut]]) -> None:
@@ -219,7 +224,6 @@ class PrefillTier:
         if filled.sealed:
             job.is_computed = True
             choices = tuple(SealedChoice(token.token) for token in sorted(first_tokens, key=lambda each: each.choice))
-            self._progress(job, Stage.SEALED, num_cached=job.num_cached)
             job.session.seal(filled.first_index + len(filled.blocks), filled.num_tokens_last, choices)
             self._cap_held()
 
@@ -278,9 +282,9 @@ class PrefillTier:
                 self._orphaned(request, job.generation)
             self._give_up(job, "the lease has ended")
 
-    def _give_up(self, job: Job, reason: str) -> None:
+    def _give_up(self, job: Job, reason: str, as_told: RejectReason = RejectReason.UNKNOWN) -> None:
         """By our own decision: the router, if it is there, need not find out by waiting."""
-        self._news.reject(job.request.id, job.generation, RejectReason.UNKNOWN, reason)
+        self._news.reject(job.request.id, job.generation, as_told, reason)
         self._drop(job, reason)
 
     def _drop(self, job: Job, reason: str) -> None:

@@ -39,6 +39,8 @@ class Stage(enum.Enum):
 
 
 TERMINAL = frozenset({Stage.FINISHED, Stage.ABORTED, Stage.FAILED})
+NOT_BEGUN = frozenset({Stage.RECEIVED, Stage.ROUTED, Stage.QUEUED})
+"""Nothing of it has been computed yet."""
 
 _FORWARD: dict[Stage, frozenset[Stage]] = {
     Stage.RECEIVED: frozenset({Stage.ROUTED}),

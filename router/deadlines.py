@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from proto.lifecycle import Stage
+from proto.lifecycle import NOT_BEGUN, Stage
 from router.timers import Cancellable, Timers
 
 _SLACK_S = 1e-3
@@ -36,7 +36,7 @@ class StageLimits:
         """``is_computed``: the first tokens are in. ``has_decode``: the decode worker has all it needs."""
         if is_computed:
             return self.silence_s if has_decode else self.transfer_s
-        return self.queued_s if stage in (Stage.RECEIVED, Stage.ROUTED, Stage.QUEUED) else self.prefill_s
+        return self.queued_s if stage in NOT_BEGUN else self.prefill_s
 
 
 class Watch:

@@ -26,7 +26,7 @@ from proto.errors import (
     WorkerLost,
 )
 from proto.ids import Epoch, Generation, RequestId
-from proto.lifecycle import Stage
+from proto.lifecycle import NOT_BEGUN, Stage
 from proto.request import Request, TokenOut
 from router.assembly import TokenAssembly
 from router.attempt import Dispatcher, Listener, Rules, Try
@@ -65,6 +65,7 @@ class Life:
         self.current = Try(request, Generation(0), None, Generation(0), None, local=True)
         self._need: Remedy | None = None
         self._num_faults = 0
+        self._is_under_way = False
         self._search = Search(dispatcher, rules, timers, self.wake)
         self._watch = Watch(timers, self._late)
         self._deadline, self._verdict = Alarm(timers), Alarm(timers)
@@ -272,7 +273,7 @@ class Life:
             self._start(request, decision, keeps_prefill=remedy is Remedy.REDIRECT)
 
     def _found_nobody(self, error: NoWorker | Overloaded) -> None:
-        if isinstance(error, Overloaded) and self._need is Remedy.RESTART and not self._num_faults:
+        if isinstance(error, Overloaded) and self._need is Remedy.RESTART and not self._is_under_way:
             self.fail(error)
         elif self._need is Remedy.REDIRECT and isinstance(error, Tried) and not self._search.lacks_room:
             self._give_up_blocks()
@@ -287,6 +288,7 @@ class Life:
     def _recover(self, remedy: Remedy, *, counts: bool = True) -> None:
         """Lets go of what the remedy does not use, and looks for a worker."""
         self._num_faults += counts
+        self._is_under_way |= counts or self.stage not in NOT_BEGUN
         if self._num_faults >= self._rules.max_attempts:
             stage = self.stage.value
             self.fail(WorkerLost(f"given up after {self._num_faults} attempts, the last in stage {stage}", stage=stage))
@@ -304,13 +306,11 @@ class Life:
         """The decode worker has no room for blocks that are computed: another may have, or the same one later."""
         decode = self.current.decode
         may_ask_on = self._search.had_no_room(decode.epoch if decode else None, news.retry_after_s)
-        if may_ask_on:
+        # What is under way is not turned away: a prompt that is still being computed has its own limit.
+        if may_ask_on or not self.assembly.is_started:
             self._recover(Remedy.REDIRECT, counts=False)
-        elif self.assembly.is_started:
-            self._resume_on_decode()
         else:
-            patience, stage = self._rules.room_patience_s, self.stage.value
-            self.fail(Overloaded(f"no decode worker had room within {patience:g} s", stage=stage))
+            self._resume_on_decode()
 
     def _resume_on_decode(self) -> None:
         """There is no room to hand blocks over to, but a decode worker's own queue takes every resume, ahead of new

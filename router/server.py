@@ -37,13 +37,12 @@ from router.registry import Registry
 from service import logs
 from service.http import HttpServer
 from service.metrics import RouterMetrics
-from service.process import run_service
+from service.process import CLOSE_S, run_service
 from service.rpc import TlsFiles, WorkerClient
 from service.tracing import StageFanOut
 
 log = logging.getLogger(__name__)
 
-CLOSE_S = 10.0
 _HUGE_PROMPT = 1 << 40
 """Too long for any cache: it is placed where both tiers are needed."""
 

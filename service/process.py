@@ -38,6 +38,8 @@ EXIT_SETUP = 2
 _PR_SET_PDEATHSIG = 1
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 _NUM_THREADS = min(32, (os.cpu_count() or 1) + 4)
+CLOSE_S = 10.0
+"""What a service may take beyond its drain timeout, to close what it has drained."""
 _STUCK_S = 5.0
 """How much longer than its time stopping may take, and how long closing what is left."""
 

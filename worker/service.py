@@ -66,7 +66,7 @@ class Tier(Protocol):
         """Returns when nothing is unfinished."""
 
     async def close(self) -> None:
-        """Lets go of everything."""
+        """Lets go of everything; routers are told of what was unfinished."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,7 +174,7 @@ class WorkerService:
         self._health.draining()
         if self._publisher is not None:
             self._publisher.drain()
-            await self._tier.drained()
+            await self._drain()
         await self._tier.close()
         if self._publisher is not None:
             await self._publisher.close()
@@ -185,6 +185,13 @@ class WorkerService:
         if self._http is not None:
             await self._http.stop()
         await self._host.close()
+
+    async def _drain(self) -> None:
+        try:
+            async with asyncio.timeout(self._settings.drain_timeout):
+                await self._tier.drained()
+        except TimeoutError:
+            log.warning("not done after %g s of draining: the rest is handed over", self._settings.drain_timeout)
 
     async def _start_http(self) -> None:
         if self._settings.http_port is None:

@@ -338,16 +338,41 @@ async def test_a_full_decode_worker_alone_is_asked_again_while_the_blocks_are_he
     assert len(await read_all(stream)) == 2
 
 
-async def test_there_is_an_end_to_waiting_for_room() -> None:
+async def test_what_is_being_computed_is_not_turned_away_when_there_is_no_room_for_long() -> None:
     house = House("p1", "d1", room_patience_s=20.0)
     stream = await house.start()
     for _ in range(100):
-        if house.flow.num_inflight:
-            house.rejects("p1", stream.id, RejectReason.REFUSED, held=True)
-            house.timers.advance(1.0)
-    with pytest.raises(Overloaded, match="room"):
-        await anext(stream)
-    assert house.aborts_to("p1")
+        house.rejects("p1", stream.id, RejectReason.REFUSED, held=True)
+        house.timers.advance(1.0)
+    assert not house.last_attach()[1].local
+    house.says("p1", token(stream.id, 0))
+    house.rejects("p1", stream.id, RejectReason.REFUSED, held=True)
+    attach = house.last_attach()[1]
+    assert (attach.local, attach.request.forced) == (True, ((0,),)), "goes ahead of new work there"
+    house.says("d1", token(stream.id, 1, last=True))
+    assert len(await read_all(stream)) == 2
+
+
+@pytest.mark.parametrize("stage", [None, Stage.QUEUED, Stage.PREFILLING])
+async def test_what_a_draining_worker_gives_back_is_turned_away_only_if_it_had_not_begun(stage: Stage | None) -> None:
+    house = House("p1", "p2", "d1")
+    stream = await house.start()
+    first = house.last_prefill()[0]
+    other = "p2" if first == "p1" else "p1"
+    if stage is not None:
+        house.reports(first, stream.id, stage)
+    house.rejects(first, stream.id, RejectReason.DRAINING, held=False)
+    assert house.last_prefill()[0] == other
+    house.rejects(other, stream.id, RejectReason.FULL, held=False)
+    if stage is not Stage.PREFILLING:
+        with pytest.raises(Overloaded):
+            await anext(stream)
+        return
+    assert house.flow.num_waiting == 1
+    house.timers.advance(5.0)
+    assert house.flow.num_waiting == 0
+    assert house.last_attach()[1].generation == 3
+    await stream.aclose()
 
 
 async def test_waiting_for_a_decode_worker_when_prefill_lets_go() -> None:

@@ -295,3 +295,23 @@ def num_computed(side: Side) -> int:
 def held_metric(side: Side) -> float:
     lines = side.metrics.render().decode().splitlines()
     return next(float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith("tandem_held_requests"))
+
+
+async def test_a_worker_that_closes_gives_back_what_it_has_not_finished(pod: Pod) -> None:
+    p, d, other = await pod.prefill(), await pod.decode(), await pod.decode("d1")
+    waiting, running = make_request(1, prompt_of(60)), make_request(2, prompt_of(40), max_tokens=400)
+    done, unclaimed = make_request(3, prompt_of(20), max_tokens=1), make_request(4, prompt_of(30))
+    other.tier.is_draining = True  # refuses, so that the blocks are held
+    p.tier.handle(Prefill(waiting, FIRST, other.peer, LEASE_S))
+    p.tier.handle(Prefill(unclaimed, FIRST, d.peer, LEASE_S))
+    for request in (running, done):
+        d.tier.handle(Attach(request, FIRST, local=True, lease_s=LEASE_S))
+    await p.router.until(lambda: RejectReason.REFUSED in reasons(p))
+    await d.router.until(lambda: num_finished(d) == 1 and Stage.ADOPTED in d.router.stages())
+    await d.router.until(lambda: any(token.request == running.id for token in d.router.tokens()))
+    for side in (p, d):
+        await side.tier.close()
+    assert (waiting.id, RejectReason.DRAINING) in [(each.request, each.reason) for each in p.router.of(Rejected)]
+    assert [(each.request, each.reason) for each in d.router.of(Rejected)] == [(running.id, RejectReason.DRAINING)]
+    for side in (p, d):
+        await until_idle(side)

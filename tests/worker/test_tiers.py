@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from kvtransfer.transports.memory import Faults
-from proto.control import Abort, Attach, Prefill, Redirect, Rejected, RejectReason
+from proto.control import Abort, Attach, Prefill, Progress, Redirect, Rejected, RejectReason, Tokens
 from proto.ids import Generation
 from proto.lifecycle import Stage
 from proto.request import FinishReason
@@ -51,7 +51,7 @@ async def test_tokens_are_those_of_one_engine(pod: Pod, length: int) -> None:
     await d.router.until(lambda: num_finished(d) == 1)
     assert served(p, d) == alone(pod, request)
     assert p.router.tokens()[0].position == 0, "the first token is the prefill's to say"
-    assert p.router.stages()[0] is Stage.PREFILLING
+    assert p.router.stages()[:2] == [Stage.QUEUED, Stage.PREFILLING]
     assert Stage.ADOPTED in d.router.stages()
     await p.tier.drained()
     assert await p.is_idle()
@@ -190,6 +190,9 @@ async def test_finished_at_the_first_token_nothing_is_left_behind(pod: Pod) -> N
     send(p, d, request)
     await p.router.until(lambda: num_finished(p) == 1)
     assert p.router.tokens()[0].finish is FinishReason.LENGTH
+    news = [each for each in p.router.received if isinstance(each, Tokens | Progress)]
+    assert isinstance(news[-1], Tokens), "what its router hears afterwards comes too late to be told its client"
+    assert [each.stage for each in news[:-1] if isinstance(each, Progress)][-1] is Stage.SEALED
     await p.tier.drained()
     await until_idle(p)
     await until_idle(d)
