@@ -200,6 +200,7 @@ class Sender:
             raise LocalProtocolError(f"redirected to generation {generation}, after {self.fence.generation}")
         farewell = Withdraw(self.fence, "redirected") if self._is_open else None
         self._move(Ours.REDIRECT)
+        self._notices.clear()  # untold news of the last try, which is of no use to anybody now
         self._outbox.close(farewell)
         fence = self.fence.redirected(generation, decode_epoch)
         self._offer = replace(self._offer, fence=fence)

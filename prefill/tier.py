@@ -22,7 +22,7 @@ from kvtransfer.send_session import SendSession
 from prefill.handoff import Dispatcher
 from prefill.job import Job
 from proto.control import Abort, FromRouter, Prefill, Redirect, RejectReason, Renew
-from proto.errors import StaleMessage
+from proto.errors import DeviceLost, StaleMessage
 from proto.handoff import Fence, RefuseReason, SealedChoice
 from proto.ids import Epoch, Generation, RequestId
 from proto.lifecycle import Stage
@@ -131,6 +131,7 @@ class PrefillTier:
         self._tasks.spawn(self._admit(job, admitted))
 
     async def _admit(self, job: Job, answer: asyncio.Future[None]) -> None:
+        await asyncio.wait([answer])  # a Redirect may come meanwhile
         if error := await self._news.was_admitted(job.request.id, job.generation, answer):
             self._drop(job, error.message)
 
@@ -151,8 +152,9 @@ class PrefillTier:
             self._drop(job, stale.message)
             return
         self._count_held()
-        if job.session is not None:
-            job.session.redirect(message.generation, message.decode)
+        if job.session is not None and not job.session.redirect(message.generation, message.decode):
+            # The one before has just adopted them, which the router did not know.
+            self._give_up(job, "the prompt's blocks have just been let go of")
 
     def _abort(self, message: Abort) -> None:
         if message.choices:
@@ -183,6 +185,8 @@ class PrefillTier:
     async def _hand_over(self, job: Job, session: SendSession) -> None:
         try:
             await session.run()
+        except DeviceLost as lost:
+            self._host.condemn(lost)
         except Exception:
             text = "the hand-off failed by an error of the prefill worker"
             self._news.reject(job.request.id, job.generation, RejectReason.UNKNOWN, text)

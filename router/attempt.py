@@ -192,6 +192,10 @@ class Try:
     def go_on_alone(self) -> Iterator[tuple[Candidate, FromRouter]]:
         """The blocks came damaged, and the decode worker computes the prompt itself: they are of no more use."""
         self.local = True
+        yield from self.drop_prefill()
+
+    def drop_prefill(self) -> Iterator[tuple[Candidate, FromRouter]]:
+        """What its prefill worker has is of no more use."""
         if self.prefill is not None:
             yield self.prefill, self.abort()
             self.prefill = None

@@ -153,6 +153,10 @@ class Life:
             self.journal.num_cached = max(self.journal.num_cached, news.num_cached)
         if side is Side.DECODE and news.stage is Stage.QUEUED and not self.current.local:
             self._verdict.cancel()
+            if self.assembly.is_started:
+                # It would draw the first token again, and perhaps another than the client has.
+                self._resume_on_decode()
+                return
             self._send(self.current.go_on_alone())
         if news.stage is Stage.ADOPTED:
             if news.generation != self.current.generation:
@@ -181,7 +185,9 @@ class Life:
             self._refused(news)
         elif remedy is Remedy.AWAIT_VERDICT:
             self._await_verdict()
-        elif remedy is not Remedy.NONE:
+        elif remedy is Remedy.NONE:
+            self._send(self.current.drop_prefill())
+        else:
             blamed = self.current.blamed(epoch, news.reason, remedy)
             if news.reason is RejectReason.UNKNOWN and epoch in blamed:
                 self._dispatcher.failed_on(epoch)

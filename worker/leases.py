@@ -53,8 +53,8 @@ class Leases:
         """Starts a lease, or restarts it at ``lease_s`` from now."""
         if not self._is_here(request):
             lease_s = min(lease_s, self._away_s)
-        self._deadlines[request] = asyncio.get_running_loop().time() + lease_s
-        self._arm()
+        self._deadlines[request] = deadline = asyncio.get_running_loop().time() + lease_s
+        self._arm(deadline)
 
     def renew(self, request: RequestId, lease_s: float) -> None:
         """Like ``grant``, for a lease that still runs; a lease that ended stays ended."""
@@ -67,7 +67,7 @@ class Leases:
         for request, deadline in self._deadlines.items():
             if router_of(request) == router:
                 self._deadlines[request] = min(deadline, until)
-        self._arm()
+        self._arm_anew()
 
     def end(self, request: RequestId) -> None:
         """Ends a lease without calling ``on_expired``. May be called twice."""
@@ -79,17 +79,18 @@ class Leases:
             self._timer.cancel()
             self._timer = None
 
-    def _arm(self) -> None:
+    def _arm(self, deadline: float) -> None:
         """The timer never fires later than the earliest deadline; after renewals it may fire early, and re-arms."""
-        if not self._deadlines:
-            return
-        earliest = min(self._deadlines.values())
         if self._timer is not None:
-            if self._fires_at <= earliest:
+            if self._fires_at <= deadline:
                 return
             self._timer.cancel()
-        self._timer = asyncio.get_running_loop().call_at(earliest, self._expire)
-        self._fires_at = earliest
+        self._timer = asyncio.get_running_loop().call_at(deadline, self._expire)
+        self._fires_at = deadline
+
+    def _arm_anew(self) -> None:
+        if self._deadlines:
+            self._arm(min(self._deadlines.values()))
 
     def _expire(self) -> None:
         self._timer = None
@@ -97,4 +98,4 @@ class Leases:
         for request in [request for request, deadline in self._deadlines.items() if deadline <= now]:
             del self._deadlines[request]
             self._on_expired(request)
-        self._arm()
+        self._arm_anew()

@@ -6,7 +6,7 @@ import asyncio
 import logging
 
 from proto.control import Failed, Progress, Rejected, RejectReason
-from proto.errors import LocalFault, Overloaded, TandemError
+from proto.errors import LocalFault, Overloaded, TandemError, UserError
 from proto.ids import Generation, RequestId
 from proto.lifecycle import Stage
 from service.metrics import WorkerMetrics
@@ -59,12 +59,12 @@ class News:
         except Overloaded as full:
             self.reject(request, generation, RejectReason.FULL, full.message, full.retry_after_s)
             return full
-        except TandemError as error:
+        except UserError as error:
             failed = Failed(request, generation, error.status, error.kind, error.message, error.param)
             self._routers.send(request, failed)
             return error
         except Exception as fault:
-            # The engine is gone, or has a bug: not the request's doing as far as we know, so another worker may try.
+            # The engine is gone, or we have a bug: not the request's doing as far as we know, so another worker may try.
             log.error("request %s could not be given to the engine: %s", request, fault)
             self.reject(request, generation, RejectReason.UNKNOWN, "the engine failed")
             return LocalFault("the engine failed")

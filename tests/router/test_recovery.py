@@ -353,6 +353,19 @@ async def test_what_is_being_computed_is_not_turned_away_when_there_is_no_room_f
     assert len(await read_all(stream)) == 2
 
 
+async def test_a_prefill_worker_that_has_not_heard_of_the_adoption_is_told_to_let_go() -> None:
+    house = House("p1", "d1")
+    stream = await house.start()
+    house.says("p1", token(stream.id, 0))
+    house.reports("d1", stream.id, Stage.ADOPTED)
+    house.rejects("p1", stream.id, RejectReason.PEER_LOST, held=True)
+    assert house.heard.remedies == []
+    assert house.aborts_to("p1") == [Abort(stream.id, Generation(1))]
+    assert house.aborts_to("d1") == []
+    house.says("d1", token(stream.id, 1, last=True))
+    assert len(await read_all(stream)) == 2
+
+
 @pytest.mark.parametrize("stage", [None, Stage.QUEUED, Stage.PREFILLING])
 async def test_what_a_draining_worker_gives_back_is_turned_away_only_if_it_had_not_begun(stage: Stage | None) -> None:
     house = House("p1", "p2", "d1")

@@ -11,8 +11,9 @@ import pytest
 
 from engine.core import EngineCore
 from engine.output import StepOutput
+from kvtransfer.send_session import SendSession
 from proto.control import Abort, Attach, Failed, Prefill, Redirect, Rejected, RejectReason
-from proto.errors import SettingsError
+from proto.errors import DeviceLost, SettingsError
 from proto.handoff import Frame, HandoffMessage, Seal
 from proto.ids import Generation
 from proto.lifecycle import Stage
@@ -55,6 +56,23 @@ def reasons(side: Side) -> list[RejectReason]:
 async def test_a_prefill_worker_whose_blocks_cannot_leave_does_not_start(pod: Pod) -> None:
     with pytest.raises(SettingsError, match=r"No allowed transport works here \(nccl: .*not a GPU's"):
         await pod.prefill(transport="nccl")
+
+
+async def test_a_prefill_worker_whose_device_is_lost_in_a_hand_over_ends(
+    pod: Pod, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def lose(self: SendSession) -> None:
+        raise DeviceLost("the GPU answers no more")
+
+    monkeypatch.setattr(SendSession, "run", lose)
+    p, d = await pod.prefill(), await pod.decode()
+    condemned: list[BaseException] = []
+    monkeypatch.setattr(p.host, "condemn", condemned.append)
+    p.tier.handle(Prefill(make_request(1, prompt_of(40)), FIRST, d.peer, LEASE_S))
+    await p.router.until(lambda: bool(condemned))
+    assert isinstance(condemned[0], DeviceLost)
+    p.tier.crashed(condemned[0])
+    assert reasons(p) == [RejectReason.UNKNOWN]
 
 
 async def test_an_engine_that_dies_sends_its_requests_elsewhere(pod: Pod) -> None:
