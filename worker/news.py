@@ -64,7 +64,8 @@ class News:
             self._routers.send(request, failed)
             return error
         except Exception as fault:
-            # The engine is gone, or we have a bug: not the request's doing as far as we know, so another worker may try.
+            # The engine is gone, or has a bug, or we have one: not the request's doing as far as we know, so another
+            # worker may try.
             log.error("request %s could not be given to the engine: %s", request, fault)
             self.reject(request, generation, RejectReason.UNKNOWN, "the engine failed")
             return LocalFault("the engine failed")
