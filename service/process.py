@@ -14,6 +14,7 @@ Knows signals and exit codes; knows nothing of what it runs.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import ctypes
 import logging
 import os
@@ -22,7 +23,6 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Protocol
 
@@ -32,6 +32,8 @@ log = logging.getLogger(__name__)
 
 PARENT_PID = "_TANDEM_PARENT_PID"
 """Environment variable: the process whose death ends this one too. Set for children by ``child_environment``."""
+READY_FD = "_TANDEM_READY_FD"
+"""Environment variable: a descriptor of this process, on which it writes a line once its service has started."""
 EXIT_OK = 0
 EXIT_FAILED = 1
 EXIT_SETUP = 2
@@ -100,12 +102,20 @@ async def _run(service: Service, drain_timeout: float) -> int:
         code = EXIT_OK
         try:
             if await _until(signalled, service.start):
+                _tell_ready()
                 code = await _run_until(signalled, service)
             else:
                 log.info("stopping: asked to, before the start was complete")
         finally:
             stopped = await _stop(service, drain_timeout)
     return code if stopped else EXIT_FAILED
+
+
+def _tell_ready() -> None:
+    told = os.environ.pop(READY_FD, "")
+    if told.isdecimal():
+        with contextlib.suppress(OSError), open(int(told), "wb", buffering=0) as whoever_waits:
+            whoever_waits.write(b"\n")
 
 
 async def _run_until(signalled: asyncio.Event, service: Service) -> int:
@@ -163,7 +173,7 @@ def _place(task: asyncio.Task[object]) -> str:
     return f"{Path(frames[0].f_code.co_filename).name}:{frames[0].f_lineno}" if frames else "ended"
 
 
-@contextmanager
+@contextlib.contextmanager
 def _signals() -> Iterator[asyncio.Event]:
     """An event set by the first signal. The second one finds the system's default: the process ends there and then,
     even if the event loop is stuck."""

@@ -35,7 +35,7 @@ from proto.settings import (
 )
 from router.auth import read_keys
 from service.process import child_environment
-from tandem.local_redis import LocalRedis
+from tandem.local_redis import LocalRedis, keep_running
 from tandem.machine import Machine, shares
 from tandem.options import Resolved, settings_environ, without_settings
 from tandem.supervisor import Child, ChildSpec, Say, Supervisor, restart_delay_s
@@ -155,7 +155,8 @@ class LocalStack:
         ledger = self._settings.ledger
         if self._redis is not None:
             await self._redis.start()
-            self._redis_keeper = asyncio.create_task(self._keep_redis(self._redis), name="redis")
+            keeping = keep_running(self._redis, self._say, self._delay_s)
+            self._redis_keeper = asyncio.create_task(keeping, name="redis")
             ledger = replace(ledger, redis=self._redis.url)
         self._settings = replace(self._settings, ledger=ledger)
         wanted = child_groups(self._settings, self._machine, is_private=self._redis is not None)
@@ -197,17 +198,6 @@ class LocalStack:
                 await asyncio.wait([self._redis_keeper])
             if self._redis is not None:
                 await self._redis.stop()
-
-    async def _keep_redis(self, redis: LocalRedis) -> None:
-        """A Redis that dies is started again, empty, at the same place; the workers write into it what they know."""
-        num_deaths = 0
-        while True:
-            status = await redis.wait()
-            num_deaths += 1
-            self._say("redis", f"ended (status {status}) and is started again")
-            await redis.kill()
-            await asyncio.sleep(self._delay_s(num_deaths))
-            await redis.start()
 
     async def _become_ready(self) -> Ready:
         workers = await self._workers_joined()

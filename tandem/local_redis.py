@@ -16,10 +16,13 @@ import shutil
 import signal
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
+from typing import NoReturn
 
 from proto.errors import SetupError
+from tandem.supervisor import Say, deaths_in_a_row, describe_exit
 
 log = logging.getLogger(__name__)
 
@@ -101,15 +104,10 @@ class LocalRedis:
             self._folder = Path(tempfile.mkdtemp(prefix="tandem-redis-"))
         is_ready: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
         config = self._config().encode()
-        self._process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-I", "-S", "-c", _LAUNCHER, str(os.getpid()), str(executable), "-"),
-            stdin=asyncio.subprocess.PIPE,
-            stdout=asyncio.subprocess.PIPE,
-            stderr=asyncio.subprocess.STDOUT,
-            start_new_session=True,  # Ctrl-C is for us; we stop Redis when its users are done
-        )
-        self._reader = asyncio.create_task(self._read_log(self._process, is_ready))
+        self._last_lines.clear()
         try:
+            self._process = await self._spawn(executable)
+            self._reader = asyncio.create_task(self._read_log(self._process, is_ready))
             async with asyncio.timeout(_START_TIMEOUT_S):
                 await self._configure(self._process, config)
                 if not await is_ready:
@@ -117,7 +115,8 @@ class LocalRedis:
                 await self._ping()
         except (OSError, EOFError, ValueError) as error:  # TimeoutError is an OSError
             await self._abandon(is_first)
-            raise SetupError(f"{executable} did not start: {'; '.join(self._last_lines) or error}") from error
+            why = "; ".join(self._last_lines) or str(error) or f"nothing was heard of it for {_START_TIMEOUT_S:g} s"
+            raise SetupError(f"{executable} did not start: {why}") from error
         except BaseException:
             await self._abandon(is_first)
             raise
@@ -144,6 +143,15 @@ class LocalRedis:
         self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None
     ) -> None:
         await self.stop()
+
+    async def _spawn(self, executable: Path) -> asyncio.subprocess.Process:
+        return await asyncio.create_subprocess_exec(
+            *(sys.executable, "-I", "-S", "-c", _LAUNCHER, str(os.getpid()), str(executable), "-"),
+            stdin=asyncio.subprocess.PIPE,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.STDOUT,
+            start_new_session=True,  # Ctrl-C is for us; we stop Redis when its users are done
+        )
 
     def _config(self) -> str:
         if self._port is None:
@@ -213,3 +221,31 @@ class LocalRedis:
         if reader is not None:
             await reader
         self._process = self._reader = None
+
+
+async def keep_running(redis: LocalRedis, say: Say, delay_s: Callable[[int], float]) -> NoReturn:
+    """Starts it again whenever it has ended, empty and at the same place; the workers write into it what they know.
+
+    Tries for ever: without it no worker could come back. ``delay_s`` is the pause after so many deaths in a row.
+    """
+    num_deaths = 0
+    clock = asyncio.get_running_loop().time
+    while True:
+        started = clock()
+        status = await redis.wait()
+        num_deaths = deaths_in_a_row(num_deaths, clock() - started)
+        say("redis", f"ended ({describe_exit(status)}) and is started again")
+        await asyncio.sleep(delay_s(num_deaths))
+        while not await _restarted(redis, say):
+            num_deaths += 1
+            await asyncio.sleep(delay_s(num_deaths))
+
+
+async def _restarted(redis: LocalRedis, say: Say) -> bool:
+    try:
+        await redis.kill()
+        await redis.start()
+    except Exception as error:
+        say("redis", f"could not be started again, and is tried once more: {str(error) or type(error).__name__}")
+        return False
+    return True

@@ -1,8 +1,10 @@
 """Keeps child processes running, and ends them in order.
 
     start ─▶ running ─▶ died ─▶ wait (longer each time) ─▶ start again
-                │          └──▶ ChildFailed: it said that starting again is useless, or keeps failing as it starts
+                │          └──▶ ChildFailed: it was never ready, and keeps failing or says that trying again is useless
                 └─ stop ─▶ SIGTERM ─▶ ended, or SIGKILL when its time is over
+
+A child that was ready once comes back for ever, whatever it dies of. It says that it is ready by ``READY_FD``.
 
 Knows processes, signals and lines of text; knows nothing of what the children do.
 """
@@ -12,12 +14,14 @@ from __future__ import annotations
 import asyncio
 import collections
 import contextlib
+import io
+import os
 import signal
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from proto.errors import SetupError
-from service.process import EXIT_SETUP
+from service.process import EXIT_FAILED, EXIT_SETUP, READY_FD
 
 Say = Callable[[str, str], None]
 """Shows one line (of whom, what)."""
@@ -32,7 +36,8 @@ _ERROR = "error: "
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ChildSpec:
-    """One process to keep running. ``environ`` is its whole environment; secrets belong there, never in ``argv``."""
+    """One process to keep running. ``environ`` is its whole environment, but for ``READY_FD``; secrets belong there,
+    never in ``argv``."""
 
     name: str
     argv: tuple[str, ...]
@@ -47,6 +52,11 @@ class ChildFailed(SetupError):
 def restart_delay_s(num_deaths: int) -> float:
     """Half a second after the first death in a row, doubling up to 30 s."""
     return min(30.0, 0.5 * 2.0 ** min(num_deaths - 1, 10))
+
+
+def deaths_in_a_row(before: int, lived_s: float) -> int:
+    """With one more after ``lived_s``: a life of some seconds begins a new row."""
+    return before + 1 if lived_s < _STEADY_S else 1
 
 
 def describe_exit(status: int) -> str:
@@ -69,6 +79,7 @@ class Child:
         self._process: asyncio.subprocess.Process | None = None
         self._stopping = asyncio.Event()
         self._last_lines: collections.deque[str] = collections.deque(maxlen=_LAST_LINES)
+        self._has_been_ready = False
         self._ended = asyncio.Event()
 
     @property
@@ -76,7 +87,7 @@ class Child:
         return None if self._process is None else self._process.pid
 
     async def run(self) -> None:
-        """Keeps the child running until ``stop``. Raises ChildFailed."""
+        """Keeps the child running until ``stop``. Raises ChildFailed, but not once the child has been ready."""
         num_deaths = num_failed_starts = 0
         clock = asyncio.get_running_loop().time
         try:
@@ -85,10 +96,11 @@ class Child:
                 status = await self._run_once()
                 if self._stopping.is_set():
                     return
-                is_early = clock() - started < _STEADY_S
-                num_deaths = num_deaths + 1 if is_early else 1
-                num_failed_starts = num_failed_starts + 1 if is_early and status > 0 else 0
-                self._report_death(status, num_failed_starts)
+                num_deaths = deaths_in_a_row(num_deaths, clock() - started)
+                num_failed_starts = num_failed_starts + 1 if status > 0 else 0
+                if not self._has_been_ready:
+                    self._give_up_if_hopeless(status, num_failed_starts)
+                self._report_death(status)
                 await self._pause(self._delay_s(num_deaths))
         finally:
             self._ended.set()
@@ -116,26 +128,43 @@ class Child:
         self.signal(signal.SIGKILL)
 
     async def _run_once(self) -> int:
+        """Its exit status; that of a failure where the system has no process to give."""
         self._last_lines.clear()
-        self._process = await asyncio.create_subprocess_exec(
+        try:
+            told, teller = _pipe()
+            with told:
+                with teller:
+                    self._process = await self._spawn(teller.fileno())
+                status = await self._outlive(self._process)
+                self._has_been_ready = self._has_been_ready or bool(told.read(1))
+        except OSError as error:
+            self._last_lines.append(f"{_ERROR}{error}")
+            return EXIT_FAILED
+        return status
+
+    async def _spawn(self, ready_fd: int) -> asyncio.subprocess.Process:
+        return await asyncio.create_subprocess_exec(
             *self.spec.argv,
-            env=dict(self.spec.environ),
+            env={**self.spec.environ, READY_FD: str(ready_fd)},
+            pass_fds=(ready_fd,),
             stdin=asyncio.subprocess.DEVNULL,
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.STDOUT,
             start_new_session=True,  # Ctrl-C is for the parent, which stops its children in order
         )
+
+    async def _outlive(self, process: asyncio.subprocess.Process) -> int:
         if self._stopping.is_set():  # stop() came while it was being started, and found nobody to signal
             self.signal(signal.SIGTERM)
-        assert self._process.stdout is not None
-        reader = asyncio.create_task(self._forward(self._process.stdout))
+        assert process.stdout is not None
+        reader = asyncio.create_task(self._forward(process.stdout))
         try:
-            status = await self._process.wait()
+            status = await process.wait()
             # A grandchild may hold the pipe open: the last lines are worth a moment, not more.
             await asyncio.wait([reader], timeout=1.0)
         finally:
             self.signal(signal.SIGKILL)  # only where this task was cancelled is it still there
-            await self._process.wait()
+            await process.wait()
             self._process = None
             reader.cancel()
         return status
@@ -156,14 +185,17 @@ class Child:
         self._last_lines.append(line)
         self._say(self.spec.name, line)
 
-    def _report_death(self, status: int, num_failed_starts: int) -> None:
+    def _give_up_if_hopeless(self, status: int, num_failed_starts: int) -> None:
+        """Of a child that has never been ready. Raises ChildFailed."""
         why = describe_exit(status)
         if status == EXIT_SETUP:  # the deployment is wrong: it would fail again
             said = [line.removeprefix(_ERROR) for line in self._last_lines if line.startswith(_ERROR)]
             raise ChildFailed(f"{self.spec.name} cannot start: {(said or [*self._last_lines] or [why])[-1]}")
         if num_failed_starts >= _MOST_FAILED_STARTS:
             raise ChildFailed(f"{self.spec.name} failed {num_failed_starts} times as it started ({why})")
-        self._say(self.spec.name, f"died ({why}) and is started again; its last lines:")
+
+    def _report_death(self, status: int) -> None:
+        self._say(self.spec.name, f"died ({describe_exit(status)}) and is started again; its last lines:")
         for line in list(self._last_lines):
             self._say(self.spec.name, f"    {line}")
 
@@ -171,6 +203,13 @@ class Child:
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(seconds):
                 await self._stopping.wait()
+
+
+def _pipe() -> tuple[io.FileIO, io.FileIO]:
+    """Its ends: one to read from without waiting, one to write to."""
+    reader, writer = os.pipe()
+    os.set_blocking(reader, False)
+    return io.FileIO(reader, "rb"), io.FileIO(writer, "wb")
 
 
 class Supervisor:

@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator
 
 import pytest
 
-from service.process import PARENT_PID
+from service.process import PARENT_PID, READY_FD
 
 PROGRAM = """
 import asyncio, os, sys
@@ -207,3 +207,22 @@ async def test_a_child_whose_parent_is_gone_already_does_not_start(monkeypatch: 
     process = await launch()
     assert (await process.end())[0] == 1
     assert process.lines == []
+
+
+@pytest.mark.parametrize(("start", "told"), [("pass", b"\n"), ("1 / 0", b"")])
+async def test_whoever_waits_is_told_when_it_has_started(
+    start: str, told: bytes, pipe: tuple[asyncio.StreamReader, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reader, write_end = pipe
+    program = PROGRAM.format(start=start, run=f"assert {READY_FD!r} not in os.environ", stop="pass", drain_timeout=30.0)
+    monkeypatch.setenv(READY_FD, str(write_end))
+    child = await asyncio.create_subprocess_exec(sys.executable, "-c", program, pass_fds=(write_end,))
+    os.close(write_end)
+    assert await reader.read() == told
+    assert (await child.wait() == 0) is bool(told)
+
+
+async def test_whoever_waits_may_be_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(READY_FD, "1000000")
+    process = await launch(run="return")
+    assert (await process.end())[0] == 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import os
 import shutil
 import signal
@@ -16,10 +17,11 @@ from pathlib import Path
 import pytest
 from redis.asyncio import Redis
 from redis.exceptions import AuthenticationError
+from redis.exceptions import ConnectionError as RedisConnectionError
 
 from proto.errors import SetupError
-from tandem import local_redis
-from tandem.local_redis import LocalRedis, bundled_redis_server, find_redis_server
+from tandem import local_redis, supervisor
+from tandem.local_redis import LocalRedis, bundled_redis_server, find_redis_server, keep_running
 from tests.support.redis import free_port
 
 
@@ -103,6 +105,92 @@ async def test_a_start_that_fails_keeps_the_place_that_others_know(tmp_path: Pat
         await redis.start()
         assert redis.url == url
         assert await ask(url, "PING")
+
+
+class Keeping:
+    """A Redis that is kept running: what was said of it, and after which deaths in a row there was a pause."""
+
+    def __init__(self, redis: LocalRedis) -> None:
+        self.said: list[str] = []
+        self.pauses: list[int] = []
+        self._redis = redis
+
+    async def __aenter__(self) -> Keeping:
+        self._task = asyncio.create_task(keep_running(self._redis, self._say, self._delay_s))
+        return self
+
+    async def __aexit__(self, *about: object) -> None:
+        self._task.cancel()
+        await asyncio.wait([self._task])
+
+    def _say(self, name: str, line: str) -> None:
+        assert name == "redis"
+        self.said.append(line)
+
+    def _delay_s(self, num_deaths: int) -> float:
+        self.pauses.append(num_deaths)
+        return 0.01
+
+    async def until(self, is_so: Callable[[], bool]) -> None:
+        async with asyncio.timeout(30):
+            while not is_so():
+                assert not self._task.done(), self._task
+                await asyncio.sleep(0.01)
+
+    async def kill(self) -> None:
+        """Kills it, and waits for another one that answers."""
+        pid = self._redis.pid
+        assert pid is not None
+        os.kill(pid, signal.SIGKILL)
+        await self.until(lambda: self._redis.pid not in (None, pid))
+        await self.answers()
+
+    async def answers(self) -> None:
+        async with asyncio.timeout(30):
+            while True:
+                with contextlib.suppress(RedisConnectionError):
+                    assert await ask(self._redis.url, "PING")
+                    return
+                await asyncio.sleep(0.01)
+
+
+async def test_kept_running_it_comes_back_though_it_could_not_be_started(tmp_path: Path) -> None:
+    server = tmp_path / "redis-server"
+    server.symlink_to(find_redis_server())
+    async with LocalRedis(executable=server) as redis, Keeping(redis) as keeping:
+        url = redis.url
+        server.unlink()
+        assert redis.pid is not None
+        os.kill(redis.pid, signal.SIGKILL)
+        await keeping.until(lambda: len(keeping.said) >= 4)
+        server.symlink_to(find_redis_server())
+        await keeping.answers()
+        assert redis.url == url
+        assert keeping.said[0] == "ended (killed by SIGKILL) and is started again"
+        assert all("could not be started again" in line and "did not start" in line for line in keeping.said[1:])
+        assert keeping.pauses == list(range(1, len(keeping.said) + 1))
+
+
+async def test_what_keeps_it_running_forgets_old_deaths(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with LocalRedis() as redis, Keeping(redis) as keeping:
+        await keeping.kill()
+        await keeping.kill()
+        monkeypatch.setattr(supervisor, "_STEADY_S", 0.0)
+        await keeping.kill()
+        assert keeping.pauses == [1, 2, 1]
+
+
+async def test_no_process_for_it_is_a_failed_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def no_memory(*argv: object, **more: object) -> None:
+        raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
+
+    redis = LocalRedis()
+    with monkeypatch.context() as patch:
+        patch.setattr(asyncio, "create_subprocess_exec", no_memory)
+        with pytest.raises(SetupError, match=r"did not start: .*Cannot allocate memory"):
+            await redis.start()
+    async with redis:
+        assert await ask(redis.url, "PING")
 
 
 async def test_something_that_is_not_redis_is_refused(tmp_path: Path) -> None:

@@ -7,16 +7,29 @@ import os
 import signal
 import sys
 from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
-from service.process import EXIT_SETUP
-from tandem.supervisor import Child, ChildFailed, ChildSpec, Supervisor, describe_exit, restart_delay_s
+from service.process import EXIT_SETUP, READY_FD
+from tandem.supervisor import (
+    Child,
+    ChildFailed,
+    ChildSpec,
+    Supervisor,
+    deaths_in_a_row,
+    describe_exit,
+    restart_delay_s,
+)
 
 TALK_AND_WAIT = "import signal; print('up', flush=True); signal.pause()"
 STUBBORN = (
     "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('up', flush=True)\nwhile 1: signal.pause()"
 )
+
+
+READY = f"import os, sys; os.write(int(os.environ['{READY_FD}']), b'ready'); print('up', flush=True); "
 
 
 class Lines:
@@ -55,8 +68,8 @@ def at_once(num_deaths: int) -> float:
 
 async def test_lines_come_with_their_childs_name_and_only_the_given_environment() -> None:
     lines, stop = Lines(), asyncio.Event()
-    code = "import os, signal; print(sorted(os.environ.keys() - {'LC_CTYPE'}), flush=True); signal.pause()"
-    running = asyncio.create_task(Supervisor([[spec("a", code, SECRET="x")]], lines).run(stop))
+    code = "import os, signal; print(sorted(os.environ.keys() - {'LC_CTYPE', '%s'}), flush=True); signal.pause()"
+    running = asyncio.create_task(Supervisor([[spec("a", code % READY_FD, SECRET="x")]], lines).run(stop))
     await lines.until_said("a", "['PATH', 'SECRET']")
     stop.set()
     await running
@@ -99,6 +112,46 @@ async def test_a_child_that_keeps_failing_as_it_starts_ends_the_run() -> None:
         await supervisor.run(asyncio.Event())
     assert lines.said.count(("bad", "no luck")) == 5
     assert supervisor.children[1].pid is None, "the others are ended as well"
+
+
+@pytest.mark.parametrize("status", [3, EXIT_SETUP])
+async def test_a_child_that_was_ready_comes_back_whatever_it_fails_with(status: int) -> None:
+    lines, stop = Lines(), asyncio.Event()
+    dying = spec("bad", f"{READY}print('error: why'); sys.exit({status})")
+    running = asyncio.create_task(Supervisor([[dying], [spec("good", TALK_AND_WAIT)]], lines, at_once).run(stop))
+    await lines.until_said("bad", "up", 8)
+    assert lines.said.count(("bad", f"died (exit status {status}) and is started again; its last lines:")) >= 7
+    assert lines.said.count(("bad", "    error: why")) >= 7
+    assert lines.said.count(("good", "up")) == 1
+    stop.set()
+    await running
+
+
+async def test_a_child_that_was_ready_once_is_tried_for_ever(tmp_path: Path) -> None:
+    """Later it does not even become ready: what it met with may pass."""
+    lines, stop = Lines(), asyncio.Event()
+    path = str(tmp_path / "mark")
+    later = f"import pathlib, sys; it = pathlib.Path({path!r}); it.exists() and sys.exit({EXIT_SETUP}); it.touch()"
+    dying = spec("bad", f"{later}; {READY}sys.exit(1)")
+    running = asyncio.create_task(Supervisor([[dying]], lines, at_once).run(stop))
+    again = f"died (exit status {EXIT_SETUP}) and is started again; its last lines:"
+    await lines.until_said("bad", again, 7)
+    stop.set()
+    await running
+
+
+async def test_a_child_for_which_the_system_has_no_process_is_tried_again(tmp_path: Path) -> None:
+    lines, stop = Lines(), asyncio.Event()
+    program = tmp_path / "program"
+    program.symlink_to(sys.executable)
+    mine = spec("a", f"{READY}os.unlink({str(program)!r})")
+    mine = replace(mine, argv=(str(program), *mine.argv[1:]))
+    running = asyncio.create_task(Supervisor([[mine]], lines, at_once).run(stop))
+    await lines.until(lambda said: sum(line.startswith("    error: ") for _, line in said) == 7)
+    program.symlink_to(sys.executable)
+    await lines.until_said("a", "up", 2)
+    stop.set()
+    await running
 
 
 async def test_a_wrong_deployment_is_not_tried_twice() -> None:
@@ -191,6 +244,10 @@ async def test_very_long_lines_are_cut_not_lost() -> None:
 
 def test_delays_double_up_to_half_a_minute() -> None:
     assert [restart_delay_s(n) for n in (1, 2, 3, 7, 1000)] == [0.5, 1.0, 2.0, 30.0, 30.0]
+
+
+def test_a_life_of_some_seconds_begins_a_new_row_of_deaths() -> None:
+    assert [deaths_in_a_row(before, lived_s) for before, lived_s in ((0, 1.0), (4, 9.0), (4, 11.0))] == [1, 5, 1]
 
 
 def test_exit_statuses_in_words() -> None:
