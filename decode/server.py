@@ -15,7 +15,7 @@ from worker.service import TOMBSTONE_S, TierParts, WorkerContext, WorkerService
 
 def _build(context: WorkerContext) -> TierParts:
     transports = allowed_names(context.settings.transports, context.tls, nccl_beside_tls=context.rpc.nccl_beside_tls)
-    fences = FenceTable(context.epoch, TOMBSTONE_S)
+    fences = FenceTable(context.epoch, TOMBSTONE_S, context.refusals)
     tier = DecodeTier(
         context.host,
         context.routers,

@@ -22,7 +22,7 @@ from engine.core import EngineCore
 from engine.kv_memory import KvMemory
 from engine.rules import FinishRules
 from engine.sequence import Reservation
-from kvtransfer.fences import FenceTable
+from kvtransfer.fences import FenceTable, Refused
 from kvtransfer.intake import Refusal
 from kvtransfer.receive_session import ReceiveSession
 from kvtransfer.receiver import CORRUPT
@@ -103,6 +103,7 @@ class DecodeTier:
                 for request in message.requests:
                     self._leases.renew(request, message.lease_s)
             case _:
+                self._fences.refusals.add(Refused.MALFORMED)
                 log.warning("a decode worker was sent %s; it is ignored", type(message).__name__)
 
     def _attach(self, message: Attach) -> None:
@@ -112,10 +113,10 @@ class DecodeTier:
             self._replay(seat, message)
             return
         if seat is None and self._fences.is_over(request, generation):
-            self._news.reject(request, generation, RejectReason.STALE, "this try is over here")
+            self._refuse_stale(message, "this try is over here")
             return
         if generation < self._fences.highest(request) or (seat is not None and generation < seat.generation):
-            self._news.reject(request, generation, RejectReason.STALE, "a newer try of this request is known")
+            self._refuse_stale(message, "a newer try of this request is known")
             return
         if self.is_draining and seat is None:
             self._news.reject(request, generation, RejectReason.DRAINING, "the decode worker is draining")
@@ -130,6 +131,10 @@ class DecodeTier:
             self._compute(seat, message.request)
         elif seat.arrived is not None:
             self._run(seat, message.request, seat.arrived)
+
+    def _refuse_stale(self, message: Attach, why: str) -> None:
+        self._fences.refusals.add(Refused.STALE_GENERATION)
+        self._news.reject(message.request.id, message.generation, RejectReason.STALE, why)
 
     def _replay(self, seat: Seat, message: Attach) -> None:
         """The router has come back, and says what it has."""

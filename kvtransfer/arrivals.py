@@ -17,6 +17,12 @@ MAX_NACKS = 2
 """A block that is damaged more often than this is not fetched again: D computes the prompt itself."""
 
 
+class Added(enum.Enum):
+    NEW = enum.auto()
+    UNDER_WAY = enum.auto()
+    VERIFIED = enum.auto()
+
+
 class Placed(enum.Enum):
     RIGHT = enum.auto()
     DAMAGED = enum.auto()
@@ -27,15 +33,10 @@ class Arrivals:
     def __init__(self) -> None:
         self.num_verified = 0
         """Leading blocks that are right, the ones that were present included."""
-        self.num_repeats = 0
         self._waiting: dict[int, Frame] = {}
         self._copying: set[int] = set()
         self._verified: set[int] = set()
         self._nacks: Counter[int] = Counter()
-
-    @property
-    def num_nacks(self) -> int:
-        return self._nacks.total()
 
     @property
     def num_waiting(self) -> int:
@@ -49,16 +50,14 @@ class Arrivals:
         """The first ``num_present`` blocks are here already."""
         self.num_verified = num_present
 
-    def add(self, frame: Frame) -> bool:
-        """A block's bytes are here. True where it is verified already, so that the peer should hear of it again."""
+    def add(self, frame: Frame) -> Added:
+        """A block's bytes are here. They are taken where they are NEW, and where the block stood is said otherwise."""
         if frame.index in self._verified:
-            self.num_repeats += 1
-            return True
+            return Added.VERIFIED
         if frame.index in self._copying or frame.index in self._waiting:
-            self.num_repeats += 1
-        else:
-            self._waiting[frame.index] = frame
-        return False
+            return Added.UNDER_WAY
+        self._waiting[frame.index] = frame
+        return Added.NEW
 
     def take(self, limit: int) -> list[Frame]:
         """Up to ``limit`` frames to copy and verify; each ends with ``placed``."""

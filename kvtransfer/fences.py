@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import enum
 from collections import Counter, OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from proto.errors import StaleMessage
@@ -30,17 +30,35 @@ class Refused(enum.Enum):
     STALE_GENERATION = "stale_generation"
     FOREIGN_EPOCH = "foreign_epoch"
     UNKNOWN = "unknown"
+    LATE = "late"
+    """Of the try that it names, which is over."""
+    DUPLICATE = "duplicate"
+    """A block that is here already."""
     MALFORMED = "malformed"
+    """Undecodable, or not for its sender to say."""
 
 
 class Refusals:
-    """Counts of refused messages, by reason."""
+    """What one worker did not apply: messages by reason, and blocks whose bytes were not right. Totals."""
 
     def __init__(self) -> None:
         self._counts: Counter[Refused] = Counter()
+        self._num_damaged = 0
 
     def add(self, reason: Refused) -> None:
         self._counts[reason] += 1
+
+    def add_damaged(self) -> None:
+        """A block did not match its checksum: here on D, and on P where D says so."""
+        self._num_damaged += 1
+
+    @property
+    def num_damaged(self) -> int:
+        return self._num_damaged
+
+    def by_reason(self) -> Mapping[str, int]:
+        """Every reason, also those that did not come up."""
+        return {reason.value: self._counts[reason] for reason in Refused}
 
     def __getitem__(self, reason: Refused) -> int:
         return self._counts[reason]
@@ -69,12 +87,12 @@ class _Live:
 class FenceTable:
     """The tries that one decode worker has seen. Not thread-safe; ``now`` is the caller's monotonic clock, in seconds.
 
-    ``retention_s`` must exceed the longest time that a request may take.
+    ``retention_s`` must exceed the longest time that a request may take. ``refusals``: where to count.
     """
 
-    def __init__(self, epoch: Epoch, retention_s: float) -> None:
+    def __init__(self, epoch: Epoch, retention_s: float, refusals: Refusals | None = None) -> None:
         self.epoch = epoch
-        self.refusals = Refusals()
+        self.refusals = Refusals() if refusals is None else refusals
         self._retention_s = retention_s
         self._live: dict[RequestId, _Live] = {}
         self._tombstones: OrderedDict[RequestId, tuple[Generation, float]] = OrderedDict()

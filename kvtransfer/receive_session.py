@@ -16,7 +16,7 @@ import math
 import time
 from collections.abc import Callable, Sequence
 
-from kvtransfer.fences import FenceTable
+from kvtransfer.fences import FenceTable, Refused
 from kvtransfer.intake import Intake, Refusal
 from kvtransfer.receiver import Ask, Freed, Receiver, Sealed, Verified
 from kvtransfer.states import ReceiveState
@@ -59,6 +59,7 @@ class ReceiveSession:
         self._link = link
         self._store = store
         self._intake = intake
+        self._refusals = fences.refusals
         self._readers = readers
         self._clock = clock
         self._receiver = Receiver(store.layout, fences, clock(), patience_s=patience_s, on_superseded=self._changed)
@@ -82,14 +83,6 @@ class ReceiveSession:
     def fence(self) -> Fence | None:
         """None until an Offer was admitted."""
         return self._receiver.fence
-
-    @property
-    def num_nacks(self) -> int:
-        return self._receiver.arrivals.num_nacks
-
-    @property
-    def num_repeats(self) -> int:
-        return self._receiver.arrivals.num_repeats
 
     def abort(self, reason: str) -> None:
         """The router lets go of the request, or this worker does. After ``adopted``, too, ``freed`` follows."""
@@ -218,8 +211,9 @@ class ReceiveSession:
                 while self._receiver.arrivals.num_waiting >= MAX_WAITING_BATCHES * self._batch:
                     self._room.clear()
                     await self._room.wait()
-        except (LinkLost, RemoteProtocolError):
-            # A peer that breaks the contract is as good as lost.
+        except (LinkLost, RemoteProtocolError) as end:
+            if isinstance(end, RemoteProtocolError):  # A peer that breaks the contract is as good as lost.
+                self._refusals.add(Refused.MALFORMED)
             self._is_lost = True
             self._receiver.lost()
             self._changed()

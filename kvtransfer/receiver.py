@@ -15,7 +15,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from kvtransfer.arrivals import Arrivals, Placed
+from kvtransfer.arrivals import Added, Arrivals, Placed
 from kvtransfer.fences import FenceTable, Refused, why_refused
 from kvtransfer.sanity import check_frame, check_offer, check_seal
 from kvtransfer.states import RECEIVE, Ours, ReceiveState, Theirs, after
@@ -175,6 +175,8 @@ class Receiver:
             self._settle()
             return
         assert self._offer is not None
+        if not is_right:
+            self._fences.refusals.add_damaged()
         match self.arrivals.placed(index, is_right):
             case Placed.RIGHT:
                 self._ack_due = True
@@ -242,32 +244,24 @@ class Receiver:
     # P's messages.
 
     def receive(self, message: HandoffMessage, now: float) -> None:
-        """Applies the message, or refuses and counts it where its fence is not ours.
+        """Applies the message, or refuses and counts it where its fence is not ours, or its try is over.
 
-        Raises RemoteProtocolError where the peer may not say that; nothing has changed then.
+        Raises RemoteProtocolError where the peer may not say that; nothing has changed then, and the caller counts it.
         """
-        try:
-            self._receive(message, now)
-        except RemoteProtocolError:
-            self._fences.refusals.add(Refused.MALFORMED)
-            raise
-
-    def close(self, now: float) -> None:
-        """The driver is done: the try's tombstone stays behind."""
-        if self._offer is not None:
-            self._fences.close(self._offer.fence, now)
-
-    def _receive(self, message: HandoffMessage, now: float) -> None:
         if self._offer is None:
             self._first(message, now)
         elif message.fence != self._offer.fence:
             self._refuse_fence(message, why_refused(message.fence, self._offer.fence))
         elif self.state is ReceiveState.FREED:
-            if self._farewell is not None and not isinstance(message, Withdraw | Stale):
-                self._outputs.append(self._farewell)
+            self._refuse_late(message)
         else:
             self._apply(message)
             self._lease_end = max(self._lease_end, now + self._lease_s)
+
+    def close(self, now: float) -> None:
+        """The driver is done: the try's tombstone stays behind."""
+        if self._offer is not None:
+            self._fences.close(self._offer.fence, now)
 
     def _first(self, message: HandoffMessage, now: float) -> None:
         match message:
@@ -286,6 +280,13 @@ class Receiver:
         self._fences.refusals.add(reason)
         if not isinstance(message, Stale):
             self._outputs.append(Stale(message.fence, self._fences.highest(message.fence.request)))
+
+    def _refuse_late(self, message: HandoffMessage) -> None:
+        if isinstance(message, Withdraw | Stale):
+            return  # They end what has ended.
+        self._fences.refusals.add(Refused.LATE)
+        if self._farewell is not None:
+            self._outputs.append(self._farewell)
 
     def _offered(self, offer: Offer, now: float) -> None:
         if offer.layout != self._layout.fingerprint():
@@ -329,8 +330,12 @@ class Receiver:
         check_frame(frame, self._offer, self._grant.num_present if self._grant else 0, self._layout)
         self.state = following
         if self._say_adopted():
+            self._fences.refusals.add(Refused.DUPLICATE)
             return
-        if self.arrivals.add(frame):
+        added = self.arrivals.add(frame)
+        if added is not Added.NEW:
+            self._fences.refusals.add(Refused.DUPLICATE)
+        if added is Added.VERIFIED:
             self._ack_due = True  # Perhaps the last Ack was lost.
 
     def _sealed(self, seal: Seal) -> None:

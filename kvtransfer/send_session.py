@@ -13,7 +13,7 @@ import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 
-from kvtransfer.fences import Refusals
+from kvtransfer.fences import Refusals, Refused
 from kvtransfer.intake import PEER_LOST, SendEvents
 from kvtransfer.sender import Delivered, Granted, Held, Notice, Outbox, Released, SendBlock, Sender
 from kvtransfer.states import SendState
@@ -232,8 +232,10 @@ class SendSession:
                 if reply is not None:
                     line.outbox.put(reply)
                 self._changed()
-        except (LinkLost, RemoteProtocolError):
-            return  # A peer that breaks the contract is as good as lost.
+        except RemoteProtocolError:
+            self.refusals.add(Refused.MALFORMED)  # A peer that breaks the contract is as good as lost.
+        except LinkLost:
+            return
 
     async def _write(self, link: Link, line: _Line) -> None:
         outbox = line.outbox

@@ -238,21 +238,20 @@ class Sender:
     # The peer's messages.
 
     def receive(self, message: HandoffMessage, now: float) -> Stale | None:
-        """Applies the message, or refuses and counts it where its fence is not ours.
+        """Applies the message, or refuses and counts it where its fence is not ours, or its try is over.
 
         Returns what to answer to a refused one, on the link that brought it. Raises RemoteProtocolError where the peer
-        may not say that; nothing has changed then.
+        may not say that; nothing has changed then, and the caller counts it.
         """
         if message.fence != self.fence:
             self._refusals.add(why_refused(message.fence, self.fence))
             return None if isinstance(message, Stale) else Stale(message.fence, self.fence.generation)
         if not self._is_open and self._has_offered:
-            return None  # A late echo of a try that is over for us; whoever ended it has told the other side.
-        try:
-            self._apply(message, now)
-        except RemoteProtocolError:
-            self._refusals.add(Refused.MALFORMED)
-            raise
+            # An echo of a try that is over for us; whoever ended it has told the other side.
+            if not isinstance(message, Refuse | Stale):
+                self._refusals.add(Refused.LATE)
+            return None
+        self._apply(message, now)
         return None
 
     def _apply(self, message: HandoffMessage, now: float) -> None:
@@ -305,6 +304,7 @@ class Sender:
             raise RemoteProtocolError(f"block {index} was refused, of {self._num_sent} sent")
         self.state = following
         if index >= self._num_acked:
+            self._refusals.add_damaged()
             self._resend(index)
 
     def _adopted(self) -> None:

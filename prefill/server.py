@@ -27,13 +27,13 @@ async def _connect(tls: TlsFiles | None, peer: Peer) -> Link:
 
 def _build(context: WorkerContext) -> TierParts:
     transports = allowed_names(context.settings.transports, context.tls, nccl_beside_tls=context.rpc.nccl_beside_tls)
-    fences = FenceTable(context.epoch, TOMBSTONE_S)
+    fences = FenceTable(context.epoch, TOMBSTONE_S, context.refusals)
     dispatcher = Dispatcher(
         context.host,
         partial(_connect, context.tls),
         transports,
         epoch=context.epoch,
-        refusals=fences.refusals,
+        refusals=context.refusals,
         address=context.address,
     )
     tier = PrefillTier(
@@ -55,7 +55,7 @@ def _doors(context: WorkerContext, transports: tuple[str, ...]) -> tuple[grpc.Ge
         return ()
     from kvtransfer.transports.door import NcclDoor
 
-    return (NcclDoor(context.epoch, lambda: context.host.parts.kv).handler(),)
+    return (NcclDoor(context.epoch, lambda: context.host.parts.kv, context.refusals).handler(),)
 
 
 def run(

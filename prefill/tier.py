@@ -16,7 +16,7 @@ from dataclasses import replace
 from typing import Literal
 
 from engine.output import Filled
-from kvtransfer.fences import FenceTable
+from kvtransfer.fences import FenceTable, Refused
 from kvtransfer.intake import PEER_LOST
 from kvtransfer.send_session import SendSession
 from prefill.handoff import Dispatcher
@@ -109,6 +109,7 @@ class PrefillTier:
                     if (job := self._jobs.get(request)) and job.session is not None:
                         job.session.renew(message.lease_s + _BACKSTOP_S)
             case _:
+                self._fences.refusals.add(Refused.MALFORMED)
                 log.warning("a prefill worker was sent %s; it is ignored", type(message).__name__)
 
     def _prefill(self, message: Prefill) -> None:
@@ -138,10 +139,12 @@ class PrefillTier:
     def _redirect(self, message: Redirect) -> None:
         job = self._jobs.get(message.request)
         if job is None:
+            self._fences.refusals.add(Refused.UNKNOWN)
             text = "the prompt's blocks are not held here any more"
             self._news.reject(message.request, message.generation, RejectReason.UNKNOWN, text)
             return
         if message.generation <= job.generation:
+            self._fences.refusals.add(Refused.STALE_GENERATION)
             self._news.reject(message.request, message.generation, RejectReason.STALE, f"already at {job.generation}")
             return
         job.generation, job.decode, job.is_held = message.generation, message.decode, False

@@ -45,11 +45,11 @@ class TokenAssembly:
         if not 0 <= out.choice < len(self._choices) or out.position < 0:
             raise RemoteProtocolError(f"token for choice {out.choice}, position {out.position} of {out.request}")
         choice = self._choices[out.choice]
-        if choice.is_done:
-            return []
         if out.position < len(choice.tokens):
             self.num_duplicates += 1
             self.num_conflicts += choice.tokens[out.position] != out.token
+            return []
+        if choice.is_done:
             return []
         if out.position in choice.held_back:
             self.num_duplicates += 1

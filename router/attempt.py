@@ -77,6 +77,8 @@ class RequestEnd:
     num_generated: int
     num_cached: int
     num_bytes_moved: int
+    num_duplicates: int
+    """Tokens that had come before."""
     total_s: float
     times: StageTimes
 
@@ -97,8 +99,8 @@ class Listener(Protocol):
         """A request got an error before anything was sent."""
 
     def refused(self, reason: str) -> None:
-        """A message was not applied: ``stale`` (an older try's), ``unknown`` (no such request), or ``conflict`` (a
-        token that differs from the one delivered)."""
+        """A message was not applied: ``stale`` (an older try's), ``unknown`` (no such request), ``malformed`` (makes no
+        sense), or ``conflict`` (a token that differs from the one delivered)."""
 
     def ended(self, end: RequestEnd) -> None: ...
 

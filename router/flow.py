@@ -189,6 +189,7 @@ class Flow:
                 if life := self._life(message.request):
                     life.failed(epoch, message)
             case _:
+                self._listener.refused("malformed")
                 log.error("%s sent %s, which is not for a request", epoch, type(message).__name__)
 
     def worker_up(self, epoch: Epoch) -> None:

@@ -63,6 +63,7 @@ class Journal:
                 num_generated=sum(assembly.positions()),
                 num_cached=self.num_cached,
                 num_bytes_moved=self.num_bytes_moved,
+                num_duplicates=assembly.num_duplicates,
                 total_s=self._timers.time() - self._arrived,
                 times=self.times,
             )

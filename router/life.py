@@ -132,6 +132,7 @@ class Life:
             accepted = [ready for out in tokens for ready in self.assembly.accept(out)]
         except RemoteProtocolError as error:
             log.error("%s: a worker broke the protocol: %s", self.id, error)
+            self._listener.refused("malformed")
             self._dispatcher.failed_on(epoch)
             self._recover(self._situation().again)
             return
@@ -160,7 +161,8 @@ class Life:
             self._send(self.current.go_on_alone())
         if news.stage is Stage.ADOPTED:
             if news.generation != self.current.generation:
-                return  # the worker it speaks of was given up meanwhile
+                self._listener.refused("stale")  # the worker it speaks of was given up meanwhile
+                return
             if side is Side.DECODE:
                 self.journal.num_bytes_moved += news.num_bytes
             self._adopted()
@@ -169,7 +171,10 @@ class Life:
 
     def rejected(self, epoch: Epoch, news: Rejected) -> None:
         side = self._admit(epoch, news.generation)
-        if side is None or news.generation != self.current.generation:
+        if side is None:
+            return
+        if news.generation != self.current.generation:
+            self._listener.refused("stale")
             return
         if self.is_waiting:
             if not news.held:

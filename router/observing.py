@@ -95,6 +95,7 @@ def summary_of(end: RequestEnd) -> RequestSummary:
         num_choices=params.n,
         num_cached=end.num_cached,
         num_bytes_moved=end.num_bytes_moved,
+        num_duplicates=end.num_duplicates,
         queue_s=_seconds(end, Stage.QUEUED),
         prefill_s=_seconds(end, Stage.PREFILLING, Stage.STREAMING),
         decode_s=_seconds(end, Stage.DECODING),

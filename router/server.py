@@ -36,7 +36,7 @@ from router.prefix_index import PrefixIndex
 from router.registry import Registry
 from service import logs
 from service.http import HttpServer
-from service.metrics import RouterMetrics
+from service.metrics import RouterMetrics, show_ledger
 from service.process import CLOSE_S, run_service
 from service.rpc import TlsFiles, WorkerClient
 from service.tracing import StageFanOut
@@ -72,12 +72,13 @@ class RouterService:
         )
         self.registry = Registry(
             self.epoch,
-            functools.partial(WorkerClient, tls=tls),
+            functools.partial(WorkerClient, tls=tls, on_refused=self.metrics.refused_message),
             self.models,
             time.monotonic,
             health_every_s=router.health_interval,
         )
         self._ledger = RedisLedger.from_settings(ledger)
+        show_ledger(self.metrics, lambda: self._ledger.counts)
         self._watcher = LedgerWatcher(
             self._ledger, workers_changed=self._workers_changed, inventory_changed=self._inventory_changed
         )

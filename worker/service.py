@@ -19,6 +19,7 @@ from typing import Protocol
 
 import grpc
 
+from kvtransfer.fences import Refusals, Refused
 from kvtransfer.ledger import records
 from kvtransfer.ledger.publisher import WorkerPublisher
 from kvtransfer.ledger.redis import RedisLedger
@@ -32,7 +33,7 @@ from proto.lifecycle import Stage
 from proto.settings import EngineSettings, LedgerSettings, RpcSettings, WorkerSettings
 from service.health import Health
 from service.http import HttpServer, worker_app
-from service.metrics import EngineTotals, WorkerMetrics
+from service.metrics import EngineTotals, WorkerMetrics, show_ledger
 from service.rpc import RouterStream, TlsFiles, join_address, serve, split_address, worker_handler
 from worker.host import EngineHost, StepNews
 from worker.leases import Orphaned
@@ -77,6 +78,7 @@ class WorkerContext:
     host: EngineHost
     routers: RouterStreams
     metrics: WorkerMetrics
+    refusals: Refusals
     settings: WorkerSettings
     orphaned: Orphaned
     rpc: RpcSettings
@@ -90,7 +92,8 @@ TierParts = tuple[Tier, Sequence[grpc.GenericRpcHandler]]
 
 
 class WorkerService:
-    """One worker. ``build_tier`` is called once, before the engine is loaded."""
+    """One worker. ``build_tier`` is called once, before the engine is loaded. Raises SettingsError where there is no
+    Redis to meet at, or its URL is malformed."""
 
     def __init__(
         self,
@@ -109,6 +112,7 @@ class WorkerService:
         self._engine_settings = engine
         self._settings = worker
         self._ledger_settings = ledger
+        self._ledger = RedisLedger.from_settings(ledger)
         self._tls = TlsFiles.of(rpc, is_server=True)
         self._address = ""
         self.epoch = new_epoch()
@@ -117,12 +121,16 @@ class WorkerService:
         self._health.watch(lambda: self._host.heartbeat)
         self._routers = RouterStreams()
         model = engine.model
-        self._metrics = WorkerMetrics(next(iter(model.served_model_name), None) or model.model or "", role)
+        self._refusals = Refusals()
+        name = next(iter(model.served_model_name), None) or model.model or ""
+        self._metrics = WorkerMetrics(name, role, self._refusals)
+        show_ledger(self._metrics, lambda: self._ledger.counts)
         context = WorkerContext(
             epoch=self.epoch,
             host=self._host,
             routers=self._routers,
             metrics=self._metrics,
+            refusals=self._refusals,
             settings=worker,
             orphaned=self._orphaned,
             rpc=rpc,
@@ -135,14 +143,18 @@ class WorkerService:
         self._crashed: asyncio.Future[None] | None = None
         self._server: grpc.aio.Server | None = None
         self._http: HttpServer | None = None
-        self._ledger: RedisLedger | None = None
         self._publisher: WorkerPublisher | None = None
 
     # Startup, run, shutdown.
 
     async def start(self) -> None:
         self._crashed = asyncio.get_running_loop().create_future()
-        handler = worker_handler(self._describe, self._report, self._on_stream)
+        handler = worker_handler(
+            self._describe,
+            self._report,
+            self._on_stream,
+            on_malformed=lambda: self._refusals.add(Refused.MALFORMED),
+        )
         handlers = [handler, *self._handlers]
         self._server, port = await serve(self._settings.host, self._settings.port, handlers, self._tls)
         self._address = advertised(self._settings, port)
@@ -150,8 +162,6 @@ class WorkerService:
         await self._host.open(self._health.loading)
         await self._tier.open()
         self._show_memory()
-        self._ledger = RedisLedger.from_settings(self._ledger_settings)
-
         record = self._record()
         self._worker = record.worker
         self._publisher = WorkerPublisher(
@@ -178,8 +188,7 @@ class WorkerService:
         await self._tier.close()
         if self._publisher is not None:
             await self._publisher.close()
-        if self._ledger is not None:
-            await self._ledger.close()
+        await self._ledger.close()
         if self._server is not None:
             await self._server.stop(grace=1.0)
         if self._http is not None:
@@ -244,6 +253,7 @@ class WorkerService:
         self._demand_ready()
         meant = stream.hello.worker_epoch
         if meant and meant != self.epoch:
+            self._refusals.add(Refused.FOREIGN_EPOCH)
             raise RemoteProtocolError(f"the router means incarnation {meant}; this is {self.epoch}")
         stream.send(Welcome(self._worker, self.epoch, self._role, WIRE_VERSION))
         stream.send(LoadReport(self._load))

@@ -16,6 +16,7 @@ from typing import TypeVar
 import grpc
 import grpc.aio
 
+from kvtransfer import fences
 from kvtransfer.tasks import in_thread
 from kvtransfer.transport import BlockStore, DeviceBlocks
 from kvtransfer.transports.nccl import JOIN_S, MAX_PAIRS, abort_soon
@@ -43,18 +44,20 @@ Visit = Duplex[FromD, FromP]
 
 
 class NcclDoor:
-    """``store`` is asked for when the first decode worker comes. ``epoch``: our own."""
+    """``store`` is asked for when the first decode worker comes. ``epoch``: our own. ``refusals``: where to count."""
 
     def __init__(
         self,
         epoch: Epoch,
         store: Callable[[], BlockStore],
+        refusals: fences.Refusals | None = None,
         *,
         groups: Groups = nccl_group,
         max_pairs: int = MAX_PAIRS,
     ) -> None:
         self._epoch = epoch
         self._store = store
+        self._refusals = fences.Refusals() if refusals is None else refusals
         self._groups = groups
         self._max_pairs = max_pairs
         self._visits: dict[Epoch, _Visitor] = {}
@@ -76,7 +79,7 @@ class NcclDoor:
             return data if isinstance(data, bytes) else None
 
         peer = f"decode worker at {context.peer()}"
-        duplex: Visit = Duplex(peer, read, context.write, encode_from_p, decode_from_d)
+        duplex: Visit = Duplex(peer, read, context.write, encode_from_p, decode_from_d, on_malformed=self._malformed)
         duplex.start()
         try:
             async with asyncio.timeout(JOIN_S):
@@ -86,6 +89,8 @@ class NcclDoor:
         except (StreamClosed, TimeoutError):
             pass
         except (RemoteProtocolError, RingBroken) as error:
+            if isinstance(error, RemoteProtocolError):
+                self._malformed()
             log.warning("a communicator with a %s has ended: %s", peer, error)
         except Exception:
             log.exception("a communicator with a %s ended by an error of ours", peer)
@@ -98,6 +103,7 @@ class NcclDoor:
         store = self._store()
         device = store.on_device()
         if join.prefill_epoch != self._epoch:
+            self._refusals.add(fences.Refused.FOREIGN_EPOCH)
             duplex.send(Refused("another process had this address"))
         elif device is None or join.layout != store.layout.fingerprint():
             duplex.send(Refused(f"blocks here are: {store.layout.describe()}, {'on a GPU' if device else 'on a CPU'}"))
@@ -110,6 +116,9 @@ class NcclDoor:
             finally:
                 if self._visits.get(join.decode_epoch) is visitor:
                     del self._visits[join.decode_epoch]
+
+    def _malformed(self) -> None:
+        self._refusals.add(fences.Refused.MALFORMED)
 
     def _make_room(self, newcomer: Epoch) -> bool:
         older = self._visits.pop(newcomer, None)

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Mapping
+
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, GCCollector, ProcessCollector, generate_latest
+from prometheus_client.core import CounterMetricFamily
+from prometheus_client.registry import Collector
 
 # fmt: off
 TTFT = (
@@ -39,9 +43,42 @@ class MetricsPage:
         ProcessCollector(registry=self.registry)
         GCCollector(registry=self.registry)
 
+    def show_total(self, name: str, text: str, read: Callable[[], int]) -> None:
+        """A counter that is kept elsewhere, and read whenever the page is."""
+        self.registry.register(_KeptElsewhere(name, text, (), lambda: {(): read()}))
+
+    def show_totals(self, name: str, text: str, label: str, read: Callable[[], Mapping[str, int]]) -> None:
+        """``show_total`` for a family: ``read`` says the total of each value of ``label``."""
+        by_value = _KeptElsewhere(name, text, (label,), lambda: {(value,): total for value, total in read().items()})
+        self.registry.register(by_value)
+
     def render(self) -> bytes:
         return generate_latest(self.registry)
 
     def exposition(self) -> tuple[bytes, str]:
         """The page and its content type."""
         return self.render(), CONTENT_TYPE_LATEST
+
+
+class _KeptElsewhere(Collector):
+    """``read`` gives the totals, by the labels' values."""
+
+    def __init__(
+        self, name: str, text: str, labels: tuple[str, ...], read: Callable[[], Mapping[tuple[str, ...], int]]
+    ) -> None:
+        self._name = name
+        self._text = text
+        self._labels = labels
+        self._read = read
+
+    def describe(self) -> Iterator[CounterMetricFamily]:
+        yield self._family()
+
+    def collect(self) -> Iterator[CounterMetricFamily]:
+        family = self._family()
+        for values, total in self._read().items():
+            family.add_metric(values, total)
+        yield family
+
+    def _family(self) -> CounterMetricFamily:
+        return CounterMetricFamily(self._name, self._text, labels=self._labels)

@@ -13,6 +13,7 @@ from proto.request import FinishReason
 from service.metrics.registry import BYTES, PER_TOKEN, REQUEST, STAGE, TTFT, MetricsPage, token_buckets
 
 _MODEL = ("model_name",)
+_REFUSALS = ("stale", "unknown", "conflict", "malformed", "foreign_epoch")
 _LONGEST = 1 << 20
 """Token histograms reach this far: a router starts before it knows the model's own limit."""
 
@@ -29,6 +30,7 @@ class RequestSummary:
     num_choices: int = 1
     num_cached: int = 0
     num_bytes_moved: int = 0
+    num_duplicates: int = 0
     queue_s: float | None = None
     prefill_s: float | None = None
     decode_s: float | None = None
@@ -52,7 +54,14 @@ class RouterMetrics(MetricsPage):
         )
         self._routed = Counter("tandem_routed", "Requests by who computes the prompt.", ("target",), registry=registry)
         self._disconnects = Counter("tandem_client_disconnects", "Clients that left early.", registry=registry)
-        self._dropped = Counter("tandem_refused_messages", "Messages not applied.", ("reason",), registry=registry)
+        self._dropped = Counter(
+            "tandem_refused_messages", "Messages of workers not applied.", ("reason",), registry=registry
+        )
+        self._duplicates = Counter(
+            "tandem_duplicate_tokens",
+            "Tokens that had come before, for requests that ended; decode workers repeat prefill workers' first ones.",
+            registry=registry,
+        )
         self._inflight = Gauge("tandem_inflight_requests", "Requests accepted and not ended.", registry=registry)
         self._workers = Gauge("tandem_workers", "Workers that take requests.", ("role",), registry=registry)
         self._moved = Histogram(
@@ -72,6 +81,8 @@ class RouterMetrics(MetricsPage):
             self._workers.labels(role.value)
         for finish in FinishReason:
             self._requests.labels(finish.value)
+        for reason in _REFUSALS:
+            self._dropped.labels(reason)
         self.set_model(model_name)
 
     def set_model(self, model_name: str) -> None:
@@ -104,6 +115,7 @@ class RouterMetrics(MetricsPage):
         self._requests.labels(summary.finish.value).inc()
         self._moved.observe(summary.num_bytes_moved)
         self._moved_total.inc(summary.num_bytes_moved)
+        self._duplicates.inc(summary.num_duplicates)
         self._vllm.finished(self._model, summary)
 
     def rejected(self, reason: str) -> None:
@@ -122,7 +134,7 @@ class RouterMetrics(MetricsPage):
         self._disconnects.inc()
 
     def refused_message(self, reason: str) -> None:
-        """A worker's message was not applied: stale, unknown, duplicate."""
+        """A worker's message was not applied (``router.attempt.Listener``), or not taken (``rpc.WorkerClient``)."""
         self._dropped.labels(reason).inc()
 
     def set_inflight(self, num_requests: int) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Protocol
 
 from prometheus_client import Counter, Gauge, Histogram
 
@@ -23,8 +25,19 @@ class EngineTotals:
     generated_tokens: int = 0
 
 
+class RefusalCounts(Protocol):
+    """What the worker did not apply (``kvtransfer.fences.Refusals``): totals, read whenever the page is."""
+
+    def by_reason(self) -> Mapping[str, int]:
+        """Messages."""
+
+    @property
+    def num_damaged(self) -> int:
+        """Blocks."""
+
+
 class WorkerMetrics(MetricsPage):
-    def __init__(self, model_name: str, role: Role) -> None:
+    def __init__(self, model_name: str, role: Role, refusals: RefusalCounts) -> None:
         super().__init__()
         registry = self.registry
         model = {"model_name": model_name}
@@ -69,10 +82,14 @@ class WorkerMetrics(MetricsPage):
         self._refused = Counter(
             "tandem_handoffs_refused", "Hand-offs that the decode side refused.", ("reason", "role"), registry=registry
         )
-        self._messages = Counter(
-            "tandem_refused_messages", "Messages refused, by reason.", ("reason",), registry=registry
+        self.show_totals(
+            "tandem_refused_messages", "Messages of routers and peers not applied.", "reason", refusals.by_reason
         )
-        self._nacks = Counter("tandem_damaged_blocks", "Blocks whose checksum did not match.", registry=registry)
+        self.show_total(
+            "tandem_damaged_blocks",
+            "Blocks whose bytes were not right where they came; on a prefill worker: those that were asked for again.",
+            lambda: refusals.num_damaged,
+        )
         self._leases = Counter("tandem_leases_expired", "Leases that ended without news.", registry=registry)
         self._stages = Histogram(
             "tandem_stage_seconds", "Seconds spent in a stage.", ("stage",), buckets=STAGE, registry=registry
@@ -125,13 +142,6 @@ class WorkerMetrics(MetricsPage):
 
     def handoff_refused(self, reason: RefuseReason) -> None:
         self._refused.labels(reason.value, self._role).inc()
-
-    def refused_message(self, reason: str) -> None:
-        """A peer's message was not applied: stale, foreign, malformed."""
-        self._messages.labels(reason).inc()
-
-    def damaged_block(self) -> None:
-        self._nacks.inc()
 
     def lease_expired(self) -> None:
         self._leases.inc()

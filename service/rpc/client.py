@@ -6,7 +6,8 @@ Every failure to reach a worker is NoWorker: nothing is wrong with the request, 
 from __future__ import annotations
 
 import asyncio
-from typing import NoReturn
+from collections.abc import Callable
+from typing import NoReturn, TypeVar
 
 import grpc.aio
 from grpc.aio import StreamStreamMultiCallable, UnaryUnaryMultiCallable
@@ -23,6 +24,7 @@ CONNECT_TIMEOUT_S = 5.0
 HEALTH_TIMEOUT_S = 5.0
 DESCRIBE_TIMEOUT_S = 60.0
 FLUSH_TIMEOUT_S = 1.0
+T = TypeVar("T")
 
 
 class WorkerStream:
@@ -66,7 +68,10 @@ class WorkerStream:
 
 
 class WorkerClient:
-    """Speaks to the worker at ``address`` (host:port). ``close`` it; calls after that fail."""
+    """Speaks to the worker at ``address`` (host:port). ``close`` it; calls after that fail.
+
+    ``on_refused`` hears of each of its messages that was not taken: ``malformed``, or of a ``foreign_epoch``.
+    """
 
     def __init__(
         self,
@@ -74,9 +79,12 @@ class WorkerClient:
         tls: TlsFiles | None = None,
         max_outbox: int = DEFAULT_OUTBOX,
         silence_s: float = SILENCE_S,
+        *,
+        on_refused: Callable[[str], None] = lambda reason: None,
     ) -> None:
         self.address = address
         self._max_outbox = max_outbox
+        self._on_refused = on_refused
         self._channel = channel(address, tls, silence_s)
         self._describe: UnaryUnaryMultiCallable[bytes, bytes] = self._channel.unary_unary(f"/{SERVICE}/Describe")
         self._health: UnaryUnaryMultiCallable[bytes, bytes] = self._channel.unary_unary(f"/{SERVICE}/Health")
@@ -85,14 +93,14 @@ class WorkerClient:
     async def describe(self, timeout_s: float = DESCRIBE_TIMEOUT_S) -> ModelCard:
         """Raises NoWorker, or RemoteProtocolError when the answer makes no sense."""
         try:
-            return decode_card(await self._describe(b"", timeout=timeout_s))
+            return self._decoded(decode_card, await self._describe(b"", timeout=timeout_s))
         except grpc.aio.AioRpcError as error:
             self._unreachable(describe_rpc_error(error), error)
 
     async def health(self, timeout_s: float = HEALTH_TIMEOUT_S) -> HealthReport:
         """Raises NoWorker, or RemoteProtocolError when the answer makes no sense."""
         try:
-            return decode_health(await self._health(b"", timeout=timeout_s))
+            return self._decoded(decode_health, await self._health(b"", timeout=timeout_s))
         except grpc.aio.AioRpcError as error:
             self._unreachable(describe_rpc_error(error), error)
 
@@ -109,7 +117,13 @@ class WorkerClient:
             return data if isinstance(data, bytes) else None
 
         duplex = Duplex(
-            f"worker at {self.address}", read, call.write, encode_from_router, decode_from_worker, self._max_outbox
+            f"worker at {self.address}",
+            read,
+            call.write,
+            encode_from_router,
+            decode_from_worker,
+            self._max_outbox,
+            on_malformed=self._malformed,
         )
         duplex.start()
         duplex.send(hello)
@@ -132,9 +146,21 @@ class WorkerClient:
 
     def _check(self, welcome: FromWorker, hello: Hello) -> None:
         if not isinstance(welcome, Welcome):
+            self._malformed()
             raise RemoteProtocolError(f"{self.address} sent {type(welcome).__name__} where Welcome comes first")
         if hello.worker_epoch and welcome.epoch != hello.worker_epoch:
+            self._on_refused("foreign_epoch")
             raise NoWorker(f"{self.address} is another process now: epoch {welcome.epoch}, not {hello.worker_epoch}")
+
+    def _decoded(self, decode: Callable[[bytes], T], data: bytes) -> T:
+        try:
+            return decode(data)
+        except RemoteProtocolError:
+            self._malformed()
+            raise
+
+    def _malformed(self) -> None:
+        self._on_refused("malformed")
 
     def _unreachable(self, why: str, cause: BaseException) -> NoReturn:
         raise NoWorker(f"cannot reach the worker at {self.address}: {why}") from cause

@@ -34,7 +34,8 @@ class StreamClosed(Exception):
 class Duplex(Generic[In, Out]):
     """``read`` returns the next message's bytes, or None at the end; ``write`` returns once the transport took them.
 
-    ``start`` once, on the loop that uses it; ``end`` at any time, any number of times.
+    ``start`` once, on the loop that uses it; ``end`` at any time, any number of times. ``on_malformed`` is called where
+    the peer sent what cannot be decoded, which ends the stream.
     """
 
     def __init__(
@@ -45,6 +46,8 @@ class Duplex(Generic[In, Out]):
         encode: Callable[[Out], bytes],
         decode: Callable[[bytes], In],
         max_outbox: int = DEFAULT_OUTBOX,
+        *,
+        on_malformed: Callable[[], None] = lambda: None,
     ) -> None:
         self._peer = peer
         self._read = read
@@ -52,6 +55,7 @@ class Duplex(Generic[In, Out]):
         self._encode = encode
         self._decode = decode
         self._max_outbox = max_outbox
+        self._on_malformed = on_malformed
         self._outbox: deque[bytes] = deque()
         self._outbox_changed = asyncio.Event()
         self._flushed = asyncio.Event()
@@ -134,6 +138,7 @@ class Duplex(Generic[In, Out]):
         except RemoteProtocolError as error:
             log.warning("%s broke the protocol: %s", self._peer, error)
             self._fault = error
+            self._on_malformed()
             self.end(f"{self._peer} broke the protocol: {error}")
         except Exception as error:
             self.end(f"{self._peer} is lost: {describe_rpc_error(error)}")

@@ -60,13 +60,16 @@ def worker_handler(
     health: Callable[[], Awaitable[HealthReport]],
     on_stream: Callable[[RouterStream], Awaitable[None]],
     max_outbox: int = DEFAULT_OUTBOX,
+    *,
+    on_malformed: Callable[[], None] = lambda: None,
 ) -> grpc.GenericRpcHandler:
     """The Worker service. A TandemError raised by any of the three is the caller's answer.
 
     ``on_stream`` serves one stream, and is over soon after ``receive`` raised StreamClosed. When it returns, what it
-    has queued is still delivered, and the stream ends.
+    has queued is still delivered, and the stream ends. ``on_malformed`` is called for each message that cannot be
+    decoded, or that is not the Hello which comes first.
     """
-    servicer = _Servicer(describe, health, on_stream, max_outbox)
+    servicer = _Servicer(describe, health, on_stream, max_outbox, on_malformed)
     return grpc.method_handlers_generic_handler(
         SERVICE,
         {
@@ -84,11 +87,13 @@ class _Servicer:
         health: Callable[[], Awaitable[HealthReport]],
         on_stream: Callable[[RouterStream], Awaitable[None]],
         max_outbox: int,
+        on_malformed: Callable[[], None],
     ) -> None:
         self._describe = describe
         self._health = health
         self._on_stream = on_stream
         self._max_outbox = max_outbox
+        self._on_malformed = on_malformed
 
     async def describe(self, _request: bytes, context: grpc.aio.ServicerContext[bytes, bytes]) -> bytes:
         try:
@@ -110,10 +115,18 @@ class _Servicer:
             return data if isinstance(data, bytes) else None
 
         peer = f"router at {context.peer()}"
-        duplex = Duplex(peer, read, context.write, encode_from_worker, decode_from_router, self._max_outbox)
+        duplex = Duplex(
+            peer,
+            read,
+            context.write,
+            encode_from_worker,
+            decode_from_router,
+            self._max_outbox,
+            on_malformed=self._on_malformed,
+        )
         duplex.start()
         try:
-            hello = await _first_message(duplex)
+            hello = await self._first_message(duplex)
             await self._serve_until_the_end(RouterStream(hello, duplex), duplex, peer)
         except StreamClosed:
             if duplex.fault is not None:
@@ -122,6 +135,17 @@ class _Servicer:
             await context.abort(_status(error), error.message)
         finally:
             await duplex.aclose("the worker ended the stream")
+
+    async def _first_message(self, duplex: Duplex[FromRouter, FromWorker]) -> Hello:
+        try:
+            async with asyncio.timeout(HELLO_TIMEOUT_S):
+                first = await duplex.receive()
+        except TimeoutError:
+            raise RemoteProtocolError(f"no Hello within {HELLO_TIMEOUT_S:g} s") from None
+        if not isinstance(first, Hello):
+            self._on_malformed()
+            raise RemoteProtocolError(f"{type(first).__name__} where Hello comes first")
+        return first
 
     async def _serve_until_the_end(
         self, stream: RouterStream, duplex: Duplex[FromRouter, FromWorker], peer: str
@@ -141,17 +165,6 @@ class _Servicer:
             raise duplex.fault
         async with asyncio.timeout(LAST_WORDS_S):
             await duplex.flush()
-
-
-async def _first_message(duplex: Duplex[FromRouter, FromWorker]) -> Hello:
-    try:
-        async with asyncio.timeout(HELLO_TIMEOUT_S):
-            first = await duplex.receive()
-    except TimeoutError:
-        raise RemoteProtocolError(f"no Hello within {HELLO_TIMEOUT_S:g} s") from None
-    if not isinstance(first, Hello):
-        raise RemoteProtocolError(f"{type(first).__name__} where Hello comes first")
-    return first
 
 
 def _status(error: TandemError) -> grpc.StatusCode:

@@ -14,6 +14,7 @@ from proto.errors import RemoteProtocolError
 from proto.handoff import (
     Ack,
     Adopted,
+    Frame,
     Grant,
     HandoffMessage,
     Located,
@@ -61,8 +62,8 @@ def place(receiver: Receiver, *indices: int, is_right: bool = True) -> None:
         receiver.placed(index, is_right)
 
 
-def verified(num_present: int = 0) -> Receiver:
-    receiver = reserved(num_present)
+def verified(num_present: int = 0, fences: FenceTable | None = None) -> Receiver:
+    receiver = reserved(num_present, fences=fences)
     place(receiver, *range(num_present, 3))
     receiver.receive(SEAL, 0.0)
     assert receiver.take_notices() == [Sealed(SEAL), Verified(SEAL)]
@@ -70,8 +71,8 @@ def verified(num_present: int = 0) -> Receiver:
     return receiver
 
 
-def adopted() -> Receiver:
-    receiver = verified()
+def adopted(fences: FenceTable | None = None) -> Receiver:
+    receiver = verified(fences=fences)
     receiver.adopted()
     assert outputs(receiver) == [Adopted(FENCE)]
     return receiver
@@ -107,7 +108,8 @@ class TestTaking:
         assert receiver.take_notices() == [Sealed(SEAL), Verified(SEAL)]
 
     def test_what_is_repeated_is_answered_and_not_applied_again(self) -> None:
-        receiver = reserved()
+        fences = FenceTable(Epoch("d"), 100.0)
+        receiver = reserved(fences=fences)
         receiver.receive(OFFER, 0.0)
         assert outputs(receiver) == [Grant(FENCE, 0, "memory")]
         receiver.receive(FRAMES[0], 0.0)
@@ -120,7 +122,7 @@ class TestTaking:
         receiver.receive(FRAMES[0], 0.0)
         assert receiver.take_frames(10) == []
         assert outputs(receiver) == [Ack(FENCE, 1)]
-        assert receiver.arrivals.num_repeats == 3
+        assert fences.refusals[Refused.DUPLICATE] == 3
         place(receiver, 1, 2)
         receiver.receive(SEAL, 0.0)
         receiver.receive(SEAL, 0.0)
@@ -128,9 +130,11 @@ class TestTaking:
 
     @pytest.mark.parametrize("message", [OFFER, SEAL, FRAMES[1]])
     def test_once_adopted_any_repeat_is_answered_so(self, message: HandoffMessage) -> None:
-        receiver = adopted()
+        fences = FenceTable(Epoch("d"), 100.0)
+        receiver = adopted(fences)
         receiver.receive(message, 0.0)
         assert outputs(receiver) == [Adopted(FENCE)]
+        assert fences.refusals[Refused.DUPLICATE] == isinstance(message, Frame), "a late write into what has an owner"
         assert receiver.take_notices() == []
 
     def test_an_offer_repeated_while_we_ask_is_not_asked_again(self) -> None:
@@ -149,7 +153,8 @@ class TestTaking:
 
 class TestDamage:
     def test_a_damaged_block_is_asked_for_again_twice(self) -> None:
-        receiver = reserved()
+        fences = FenceTable(Epoch("d"), 100.0)
+        receiver = reserved(fences=fences)
         place(receiver, 0)
         outputs(receiver)
         for _ in range(2):
@@ -157,10 +162,11 @@ class TestDamage:
             assert outputs(receiver) == [Nack(FENCE, 1)]
         place(receiver, 1)
         assert outputs(receiver) == [Ack(FENCE, 2)]
-        assert receiver.arrivals.num_nacks == 2
+        assert fences.refusals.num_damaged == 2
 
     def test_then_d_goes_on_alone_and_p_lets_go(self) -> None:
-        receiver = reserved()
+        fences = FenceTable(Epoch("d"), 100.0)
+        receiver = reserved(fences=fences)
         place(receiver, 0, 2)
         for _ in range(2):
             place(receiver, 1, is_right=False)
@@ -168,9 +174,12 @@ class TestDamage:
         place(receiver, 1, is_right=False)
         assert receiver.take_notices() == [Freed(1, "corrupt")]
         assert outputs(receiver) == [Stale(FENCE, FENCE.generation)]
+        assert fences.refusals.num_damaged == 3
         receiver.receive(FRAMES[1], 0.0)  # P has not heard it yet
         assert receiver.take_frames(10) == []
         assert outputs(receiver) == [Stale(FENCE, FENCE.generation)]
+        receiver.receive(Withdraw(FENCE, "heard"), 0.0)
+        assert (fences.refusals[Refused.LATE], fences.refusals.total) == (1, 1)
 
     def test_damage_is_counted_by_block(self) -> None:
         receiver = reserved()
@@ -217,7 +226,7 @@ class TestRefusing:
         fences = FenceTable(Epoch("d"), 100.0)
         with pytest.raises(RemoteProtocolError):
             make(fences).receive(replace(OFFER, **change), 0.0)  # type: ignore[arg-type]
-        assert fences.refusals[Refused.MALFORMED] == 1
+        assert fences.num_known == 0
 
     @pytest.mark.parametrize(
         "message",

@@ -37,25 +37,25 @@ def sent(outbox: Outbox, now: float = 0.0) -> list[object]:
     return items
 
 
-def make(offer: Offer = OFFER, *, rto_s: float | None = None) -> Sender:
-    return Sender(offer, Refusals(), 0.0, rto_s=rto_s)
+def make(offer: Offer = OFFER, *, refusals: Refusals | None = None, rto_s: float | None = None) -> Sender:
+    return Sender(offer, Refusals() if refusals is None else refusals, 0.0, rto_s=rto_s)
 
 
-def offered(**options: float | None) -> Sender:
+def offered(**options: float | Refusals | None) -> Sender:
     sender = make(**options)  # type: ignore[arg-type]
     sender.offer(0.0)
     assert sent(sender.outbox) == [OFFER]
     return sender
 
 
-def streaming(num_present: int = 0, **options: float | None) -> Sender:
+def streaming(num_present: int = 0, **options: float | Refusals | None) -> Sender:
     sender = offered(**options)
     sender.receive(Grant(FENCE, num_present, "memory"), 0.0)
     assert sender.take_notices() == [Granted(num_present, "memory")]
     return sender
 
 
-def sealed(num_present: int = 0, **options: float | None) -> Sender:
+def sealed(num_present: int = 0, **options: float | Refusals | None) -> Sender:
     sender = streaming(num_present, **options)
     sender.blocks_ready(4, 0.0)
     sender.seal(4, CHOICES, 0.0)
@@ -97,13 +97,15 @@ class TestSending:
         assert (sender.state, sent(sender.outbox), sender.outbox.is_closed) == (SendState.RELEASED, [], True)
 
     def test_a_damaged_block_is_sent_again(self) -> None:
-        sender = sealed()
+        refusals = Refusals()
+        sender = sealed(refusals=refusals)
         sender.receive(Nack(FENCE, 2), 0.0)
         assert sent(sender.outbox) == [2]
         assert sender.num_resent == 1
         sender.receive(Ack(FENCE, 3), 0.0)
         sender.receive(Nack(FENCE, 2), 0.0)  # a late echo
         assert sent(sender.outbox) == []
+        assert refusals.num_damaged == 1
 
     def test_acks_never_go_back(self) -> None:
         sender = sealed()
@@ -222,7 +224,8 @@ class TestLettingGo:
         assert sender.deadline() == 50.0
 
     def test_after_the_end_everything_is_an_echo(self) -> None:
-        sender = sealed()
+        refusals = Refusals()
+        sender = sealed(refusals=refusals)
         sender.receive(Adopted(FENCE), 0.0)
         sender.take_notices()
         messages: list[HandoffMessage] = [
@@ -233,6 +236,7 @@ class TestLettingGo:
         ]
         for message in messages:
             assert sender.receive(message, 0.0) is None
+        assert (refusals[Refused.LATE], refusals.total) == (3, 3), "a Refuse ends what has ended"
         sender.tick(1000.0)
         sender.renew(5.0, 0.0)
         sender.lost(FENCE)
@@ -276,13 +280,10 @@ class TestFaults:
         ],
     )
     def test_what_d_may_not_say_to_an_offer(self, message: HandoffMessage) -> None:
-        refusals = Refusals()
-        sender = Sender(OFFER, refusals, 0.0)
-        sender.offer(0.0)
+        sender = offered()
         with pytest.raises(RemoteProtocolError):
             sender.receive(message, 0.0)
         assert sender.state is SendState.OFFERED
-        assert refusals[Refused.MALFORMED] == 1
 
     @pytest.mark.parametrize("message", [Ack(FENCE, 3), Nack(FENCE, 2), Adopted(FENCE), Grant(FENCE, 1, "memory")])
     def test_what_d_may_not_say_of_two_blocks(self, message: HandoffMessage) -> None:

@@ -10,6 +10,7 @@ from dataclasses import replace
 import pytest
 
 from kvtransfer.fences import FenceTable, Refused
+from kvtransfer.intake import PEER_LOST
 from kvtransfer.session import ReceiveSession, Refusal, SendSession
 from kvtransfer.states import ReceiveState, SendState
 from kvtransfer.transport import Link, LinkLost
@@ -392,7 +393,7 @@ async def test_a_damaged_block_is_fetched_again() -> None:
     await script.link.close()
     await script.running
     assert script.tier.holds(offer)
-    assert script.session.num_nacks == 1
+    assert script.fences.refusals.num_damaged == 1
 
 
 async def test_a_block_that_stays_damaged_is_recomputed_by_the_decode_worker() -> None:
@@ -542,6 +543,24 @@ async def test_a_peer_that_breaks_the_contract_is_lost() -> None:
     assert script.fences.refusals[Refused.MALFORMED] == 1
     with pytest.raises(LinkLost):
         await script.hear(Stale)
+
+
+async def test_a_decode_worker_that_breaks_the_contract_is_lost_too() -> None:
+    ours, theirs = pair()
+
+    async def connect(peer: Peer) -> Link:
+        return ours
+
+    ear = Ear()
+    session = SendSession(make_offer(2), Store(4), connect, Peer(WorkerId("d"), Epoch("d"), "d"), ear)
+    running = asyncio.create_task(session.run())
+    offer = await theirs.receive()
+    await theirs.send(Ack(offer.fence, 2))  # of blocks that were not sent
+    await ear.until("held")
+    assert ear.reasons[0][0] == PEER_LOST
+    assert session.refusals[Refused.MALFORMED] == 1
+    session.withdraw("nobody else is there")
+    await running
 
 
 async def test_our_own_disorder_is_our_own_error() -> None:

@@ -11,9 +11,11 @@ from contextlib import asynccontextmanager
 from datetime import timedelta
 from pathlib import Path
 
+import grpc.aio
 import msgpack
 import pytest
 
+from kvtransfer import fences
 from kvtransfer.fences import FenceTable
 from kvtransfer.session import ReceiveSession
 from kvtransfer.transport import Link
@@ -29,7 +31,7 @@ from proto.errors import RemoteProtocolError, SettingsError
 from proto.handoff import Located
 from proto.ids import BlockId, Epoch
 from proto.layout import KvLayout
-from service.rpc import TlsFiles, serve
+from service.rpc import TlsFiles, channel, serve
 from tests.support.device import DeviceStore, gloo_group
 from tests.support.handoff import SHARED_LAYOUT, Store, Tier, make_offer
 
@@ -50,7 +52,8 @@ class Prefill:
 
     def __init__(self, store: Store, *, epoch: Epoch = P, max_pairs: int = 8) -> None:
         self.store = store
-        self.door = NcclDoor(epoch, lambda: store, groups=gloo_group, max_pairs=max_pairs)
+        self.refusals = fences.Refusals()
+        self.door = NcclDoor(epoch, lambda: store, self.refusals, groups=gloo_group, max_pairs=max_pairs)
         self.address = ""
 
     def detail(self) -> bytes:
@@ -308,6 +311,24 @@ class TestBounds:
             assert prefill.door.num_pairs == 2
             for reader in readers:
                 reader.close()
+
+
+class TestRefusing:
+    @pytest.mark.parametrize(
+        ("data", "reason"),
+        [
+            (pairs.encode_from_d(Join(Epoch("p before"), D, "layout", 4)), fences.Refused.FOREIGN_EPOCH),
+            (pairs.encode_from_d(FetchNonce()), fences.Refused.MALFORMED),
+            (b"\xc1", fences.Refused.MALFORMED),
+        ],
+    )
+    async def test_what_the_door_does_not_take_is_counted(self, data: bytes, reason: fences.Refused) -> None:
+        async with serving(Prefill(Store(NUM_BLOCKS, SHARED_LAYOUT))) as prefill, channel(prefill.address) as raw:
+            call = raw.stream_stream(f"/{pairs.SERVICE}/{pairs.METHOD}")()
+            await call.write(data)
+            while await call.read() is not grpc.aio.EOF:
+                pass
+            assert (prefill.refusals[reason], prefill.refusals.total) == (1, 1)
 
 
 class TestMessages:

@@ -52,6 +52,9 @@ def test_tokens_after_the_end_of_a_choice_are_dropped() -> None:
     assembly.accept(token(R, 1))
     assembly.accept(token(R, 0, last=True))
     assert assembly.accept(token(R, 1)) == []
+    assert assembly.num_duplicates == 0
+    assert assembly.accept(token(R, 0)) == []
+    assert assembly.num_duplicates == 1
     assert assembly.done_choices() == (0,)
     assert not assembly.is_complete
     assert assembly.lacks((0, 0))

@@ -8,11 +8,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from proto.control import Abort, Attach, Failed, Prefill, Renew, Tokens
+from proto.control import Abort, Attach, Failed, Prefill, RejectReason, Renew, Role, Tokens, Welcome
 from proto.errors import DeadlineExceeded, InvalidRequest, LocalFault, NoWorker, Overloaded, Unavailable
-from proto.ids import Epoch, Generation, RequestId
+from proto.ids import Epoch, Generation, RequestId, WorkerId
 from proto.lifecycle import Stage
 from proto.request import TokenOut
+from router.recovery import Remedy
 from tests.support.fleet import House, read_all, token
 
 
@@ -305,5 +306,19 @@ async def test_foreign_and_impossible_news_is_counted_and_not_applied() -> None:
     house.flow.message_came(
         Epoch("epoch-p1"), Tokens(((RequestId("x.1"), Generation(1)),), (token(RequestId("x.1"), 0),))
     )
-    assert house.heard.refusals == ["stale", "stale", "unknown"]
+    house.flow.message_came(Epoch("epoch-p1"), Welcome(WorkerId("p1"), Epoch("epoch-p1"), Role.PREFILL, 1))
+    house.says("p1", token(stream.id, 0, choice=5))
+    assert house.heard.refusals == ["stale", "stale", "unknown", "malformed", "malformed"]
     assert house.heard.num_tokens == 0
+
+
+async def test_news_of_a_try_that_was_given_up_is_counted() -> None:
+    house = House("p1", "d1", "d2")
+    stream = await house.start()
+    house.rejects("p1", stream.id, RejectReason.REFUSED, held=True)
+    assert house.last_redirect()[1].generation == 2
+    house.rejects("p1", stream.id, RejectReason.PEER_LOST, held=True, generation=1)
+    house.reports("p1", stream.id, Stage.ADOPTED, generation=1)
+    assert house.heard.refusals == ["stale", "stale"]
+    assert house.heard.remedies == [Remedy.REDIRECT]
+    await stream.aclose()

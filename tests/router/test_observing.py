@@ -56,7 +56,7 @@ async def test_a_request_leaves_its_numbers() -> None:
     house.says("p1", token(stream.id, 0))
     house.reports("d1", stream.id, Stage.ADOPTED, num_bytes=4096)
     house.timers.advance(0.5)
-    house.says("d1", token(stream.id, 1), token(stream.id, 2, last=True))
+    house.says("d1", token(stream.id, 0), token(stream.id, 1), token(stream.id, 2, last=True))
 
     model = {"model_name": "tiny"}
     assert house.value("vllm:time_to_first_token_seconds_sum", **model) == 2.0
@@ -64,6 +64,7 @@ async def test_a_request_leaves_its_numbers() -> None:
     assert house.value("vllm:inter_token_latency_seconds_count", **model) == 2
     assert house.value("vllm:generation_tokens_total", **model) == 3
     assert house.value("tandem_requests_total", finish="length") == 1
+    assert house.value("tandem_duplicate_tokens_total") == 1
     assert house.value("tandem_routed_total", target="prefill") == 1
     assert house.value("tandem_request_kv_transfer_bytes_sum") == 4096
     assert house.value("tandem_stage_seconds_sum", stage="routed") == 2.0

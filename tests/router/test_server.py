@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 
 import aiohttp
 import pytest
+from redis.asyncio import Redis
 
 from kvtransfer.ledger.records import WorkerRecord
 from kvtransfer.ledger.redis import RedisLedger
@@ -16,7 +18,7 @@ from proto.control import Attach, FromRouter, Load, LoadReport, ModelCard, Prefi
 from proto.errors import SettingsError
 from proto.hashing import BlockHasher, hash_key
 from proto.health import HealthReport, Phase
-from proto.ids import Epoch, RequestId, WorkerId
+from proto.ids import Epoch, Generation, RequestId, WorkerId
 from proto.layout import WIRE_VERSION
 from proto.lifecycle import Stage
 from proto.request import FinishReason, TokenOut
@@ -234,6 +236,31 @@ async def test_a_worker_that_makes_no_progress_is_named_and_not_used(local_redis
         for _ in range(3):
             assert (await place.complete())[0] == 200
         assert not any(isinstance(message, Attach) for message in stalled.got)
+
+
+async def test_what_it_refuses_of_workers_and_of_the_ledger_is_on_its_page(
+    local_redis: LocalRedis, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with town(local_redis) as place, Redis.from_url(local_redis.url) as raw:
+        worker = await place.add(ScriptedWorker("d1", Role.DECODE))
+        stranger = RequestId("another router.1")
+        worker.streams[0].send(Tokens(((stranger, Generation(1)),), (TokenOut(stranger, 0, 0, 5),)))
+        monkeypatch.setattr(worker.streams[0]._duplex, "_encode", lambda message: b"\xff\xff")
+        worker.streams[0].send(LoadReport(LOAD))
+        await until(lambda: len(worker.streams) == 2)  # it connects again
+        await raw.hset("test:workers", "bad", "e9")
+        await raw.set("test:worker:bad", b"\xc1 nonsense")
+
+        async def is_counted() -> bool:
+            _, page = await place.get("/metrics")
+            return (
+                'tandem_refused_messages_total{reason="unknown"} 1.0' in page
+                and 'tandem_refused_messages_total{reason="malformed"} 1.0' in page
+                and re.search(r"^tandem_ledger_malformed_entries_total [1-9]", page, re.MULTILINE) is not None
+                and "tandem_ledger_refused_writes_total 0.0" in page
+            )
+
+        await eventually(is_counted)
 
 
 async def test_an_open_handoff_is_on_the_ledger_and_then_closed(local_redis: LocalRedis) -> None:

@@ -9,6 +9,7 @@ from collections.abc import AsyncIterator
 import aiohttp
 import pytest
 
+from kvtransfer.fences import Refusals
 from proto.control import Role
 from proto.errors import SetupError
 from service.health import Health
@@ -23,7 +24,7 @@ def health() -> Health:
 
 @pytest.fixture
 async def server(health: Health) -> AsyncIterator[HttpServer]:
-    app = worker_app(health.report, WorkerMetrics("m", Role.DECODE).exposition)
+    app = worker_app(health.report, WorkerMetrics("m", Role.DECODE, Refusals()).exposition)
     server = HttpServer(app, "127.0.0.1", 0)
     await server.start()
     yield server
@@ -71,7 +72,8 @@ async def test_metrics(client: aiohttp.ClientSession) -> None:
 
 
 async def test_a_taken_port_is_a_setup_error(server: HttpServer, health: Health) -> None:
-    second = HttpServer(worker_app(health.report, WorkerMetrics("m", Role.DECODE).exposition), "127.0.0.1", server.port)
+    app = worker_app(health.report, WorkerMetrics("m", Role.DECODE, Refusals()).exposition)
+    second = HttpServer(app, "127.0.0.1", server.port)
     with pytest.raises(SetupError, match=str(server.port)):
         await second.start()
     await second.stop()

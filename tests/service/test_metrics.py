@@ -5,11 +5,13 @@ from __future__ import annotations
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
+from kvtransfer.fences import Refusals, Refused
+from kvtransfer.ledger.replies import LedgerCounts
 from proto.control import Load, Role
 from proto.handoff import RefuseReason
 from proto.lifecycle import Stage
 from proto.request import FinishReason
-from service.metrics import EngineTotals, RequestSummary, RouterMetrics, WorkerMetrics
+from service.metrics import EngineTotals, RequestSummary, RouterMetrics, WorkerMetrics, show_ledger
 from service.metrics.registry import MetricsPage, token_buckets
 
 DASHBOARD_REQUEST_SERIES = {
@@ -77,7 +79,7 @@ def test_a_router_shows_what_dashboards_ask_for_before_the_first_request() -> No
 
 
 def test_a_worker_shows_its_engine_before_the_first_step() -> None:
-    assert names_of_model(WorkerMetrics("m", Role.PREFILL), "m") >= ENGINE_SERIES
+    assert names_of_model(WorkerMetrics("m", Role.PREFILL, Refusals()), "m") >= ENGINE_SERIES
 
 
 def test_a_finished_request_is_counted_once_everywhere() -> None:
@@ -169,7 +171,7 @@ def test_the_router_s_other_counters() -> None:
 
 
 def test_engine_totals_advance_counters_and_never_twice() -> None:
-    metrics = WorkerMetrics("m", Role.DECODE)
+    metrics = WorkerMetrics("m", Role.DECODE, Refusals())
     totals = EngineTotals(
         num_preemptions=1, cache_query_tokens=50, cache_hit_tokens=20, prompt_tokens=30, generated_tokens=4
     )
@@ -183,12 +185,10 @@ def test_engine_totals_advance_counters_and_never_twice() -> None:
 
 
 def test_a_worker_s_hand_offs_and_steps() -> None:
-    metrics = WorkerMetrics("m", Role.DECODE)
+    metrics = WorkerMetrics("m", Role.DECODE, Refusals())
     metrics.transferred("shm", 1000, 0.02)
     metrics.transferred("shm", 500, 0.01)
     metrics.handoff_refused(RefuseReason.FULL)
-    metrics.refused_message("stale")
-    metrics.damaged_block()
     metrics.lease_expired()
     metrics.stepped(17, 0.004)
     metrics.set_held(2)
@@ -197,8 +197,6 @@ def test_a_worker_s_hand_offs_and_steps() -> None:
     assert value(metrics, "tandem_kv_transfer_bytes_total", transport="shm", role="decode") == 1500
     assert value(metrics, "tandem_kv_transfer_seconds_count", transport="shm", role="decode") == 2
     assert value(metrics, "tandem_handoffs_refused_total", reason="full", role="decode") == 1
-    assert value(metrics, "tandem_refused_messages_total", reason="stale") == 1
-    assert value(metrics, "tandem_damaged_blocks_total") == 1
     assert value(metrics, "tandem_leases_expired_total") == 1
     assert value(metrics, "vllm:iteration_tokens_total_sum", model_name="m") == 17
     assert value(metrics, "tandem_held_requests") == 2
@@ -207,8 +205,32 @@ def test_a_worker_s_hand_offs_and_steps() -> None:
     assert value(metrics, "tandem_stage_seconds_sum", stage="adopted") == 0.1
 
 
+def test_what_a_worker_refused_is_read_when_the_page_is() -> None:
+    refusals = Refusals()
+    metrics = WorkerMetrics("m", Role.DECODE, refusals)
+    assert value(metrics, "tandem_damaged_blocks_total") == 0
+    for reason in Refused:
+        assert value(metrics, "tandem_refused_messages_total", reason=reason.value) == 0
+        refusals.add(reason)
+    refusals.add(Refused.LATE)
+    refusals.add_damaged()
+    assert value(metrics, "tandem_refused_messages_total", reason="late") == 2
+    assert value(metrics, "tandem_refused_messages_total", reason="malformed") == 1
+    assert value(metrics, "tandem_damaged_blocks_total") == 1
+
+
+@pytest.mark.parametrize("page", [RouterMetrics("m"), WorkerMetrics("m", Role.PREFILL, Refusals())])
+def test_what_the_ledger_refused_is_read_when_the_page_is(page: MetricsPage) -> None:
+    counts = [LedgerCounts(num_refused=2), LedgerCounts(num_refused=3, num_malformed=1)]
+    show_ledger(page, lambda: counts[-1])
+    assert value(page, "tandem_ledger_refused_writes_total") == 3
+    assert value(page, "tandem_ledger_malformed_entries_total") == 1
+    counts.pop()
+    assert value(page, "tandem_ledger_refused_writes_total") == 2
+
+
 def test_the_kv_memory_is_described_in_labels() -> None:
-    metrics = WorkerMetrics("m", Role.DECODE)
+    metrics = WorkerMetrics("m", Role.DECODE, Refusals())
     metrics.set_cache_config(block_size=16, num_blocks=10, max_concurrency=2.5, prefix_caching=True)
     labels = next(labels for name, labels in samples(metrics) if name == "vllm:cache_config_info")
     assert dict(labels).items() >= {

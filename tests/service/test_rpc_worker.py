@@ -18,6 +18,7 @@ from proto.errors import NoWorker, Overloaded, RemoteProtocolError
 from proto.health import HealthReport, Phase
 from proto.ids import Epoch, Generation, RequestId, WorkerId
 from proto.request import TokenOut
+from proto.wire import encode_from_router
 from service.rpc import RouterStream, StreamClosed, WorkerClient, channel, serve, worker_handler
 from service.rpc.duplex import Duplex
 
@@ -40,10 +41,15 @@ async def worker(
     describe: Callable[[], Awaitable[ModelCard]] = describe,
     max_outbox: int = 100,
     silence_s: float = 10.0,
+    refusals: list[str] | None = None,
 ) -> AsyncIterator[WorkerClient]:
-    handler = worker_handler(describe, healthy, on_stream, max_outbox)
+    """``refusals`` is told of what either side does not take."""
+    told = [] if refusals is None else refusals
+    handler = worker_handler(
+        describe, healthy, on_stream, max_outbox, on_malformed=lambda: told.append("malformed, by the worker")
+    )
     server, port = await serve("127.0.0.1", 0, [handler], silence_s=silence_s)
-    client = WorkerClient(f"127.0.0.1:{port}")
+    client = WorkerClient(f"127.0.0.1:{port}", on_refused=told.append)
     try:
         yield client
     finally:
@@ -142,9 +148,11 @@ async def test_closing_delivers_what_was_sent_and_tells_the_worker() -> None:
 
 
 async def test_another_incarnation_is_no_worker() -> None:
-    async with worker(Recorder()) as client:
+    refusals: list[str] = []
+    async with worker(Recorder(), refusals=refusals) as client:
         with pytest.raises(NoWorker, match="another process"):
             await client.connect(Hello(Epoch("router"), Epoch("older"), 1))
+    assert refusals == ["foreign_epoch"]
 
 
 @pytest.mark.parametrize("expected", ["", "older"], ids=["welcome", "another incarnation"])
@@ -197,27 +205,48 @@ async def test_a_worker_that_does_not_say_welcome_first() -> None:
     async def rude(stream: RouterStream) -> None:
         stream.send(LoadReport(Load()))
 
-    async with worker(rude) as client:
+    refusals: list[str] = []
+    async with worker(rude, refusals=refusals) as client:
         with pytest.raises(RemoteProtocolError, match="LoadReport"):
             await client.connect(HELLO)
+    assert refusals == ["malformed"]
+
+
+async def test_a_card_that_cannot_be_read_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("service.rpc.worker.encode_card", lambda card: b"\xff\xff")
+    refusals: list[str] = []
+    async with worker(Recorder(), refusals=refusals) as client:
+        with pytest.raises(RemoteProtocolError):
+            await client.describe()
+    assert refusals == ["malformed"]
+
+
+async def test_a_router_that_does_not_say_hello_first() -> None:
+    refusals: list[str] = []
+    async with worker(Recorder(), refusals=refusals) as client, channel(client.address) as raw:
+        call = raw.stream_stream("/tandem.Worker/Serve")()
+        await call.write(encode_from_router(Abort(RequestId("router.1"), Generation(1))))
+        with pytest.raises(grpc.aio.AioRpcError, match="Abort where Hello comes first"):
+            await call.read()
+    assert refusals == ["malformed, by the worker"]
 
 
 @pytest.mark.parametrize("garbage", [b"", b"\xff" * 40, b"\x08\x01"])
 async def test_garbage_ends_the_stream_and_not_the_worker(garbage: bytes) -> None:
-    async with worker(Recorder()) as client, channel(client.address) as raw:
+    refusals: list[str] = []
+    async with worker(Recorder(), refusals=refusals) as client, channel(client.address) as raw:
         call = raw.stream_stream("/tandem.Worker/Serve")()
         await call.write(garbage)
         with pytest.raises(grpc.aio.AioRpcError) as refused:
             await call.read()
         assert refused.value.code() is grpc.StatusCode.INVALID_ARGUMENT
         assert await client.describe() == CARD
+    assert refusals == ["malformed, by the worker"]
 
 
 async def test_garbage_in_mid_stream_reaches_the_tier_as_an_end() -> None:
     recorder = Recorder()
     async with worker(recorder) as client, channel(client.address) as raw:
-        from proto.wire import encode_from_router
-
         call = raw.stream_stream("/tandem.Worker/Serve")()
         await call.write(encode_from_router(HELLO))
         await call.read()

@@ -12,7 +12,7 @@ from typing import TypeVar
 from decode.tier import DecodeTier
 from engine.build import load_engine_parts
 from engine.core import EngineCore
-from kvtransfer.fences import FenceTable
+from kvtransfer.fences import FenceTable, Refusals
 from kvtransfer.transport import Link, LinkLost
 from kvtransfer.transports import MEMORY
 from kvtransfer.transports.choice import payload_readers
@@ -96,6 +96,10 @@ class Side:
     def crashed(self, error: BaseException) -> None:
         self.tier.crashed(error)
 
+    def page(self) -> list[str]:
+        """The lines of its /metrics."""
+        return self.metrics.exposition()[0].decode().splitlines()
+
     async def is_idle(self) -> bool:
         return await self.host.call(lambda core: (core.check_integrity(), core.is_idle())[1])
 
@@ -162,8 +166,9 @@ class Pod:
         self._tasks.append(side.serving)
         await asyncio.sleep(0)  # the stream is known from here on
         self.sides.append(side)
-        side.metrics = WorkerMetrics("test", role)
-        return side, FenceTable(peer.epoch, 600.0), side.metrics
+        refusals = Refusals()
+        side.metrics = WorkerMetrics("test", role, refusals)
+        return side, FenceTable(peer.epoch, 600.0, refusals), side.metrics
 
     def _orphaned(self, request: RequestId, generation: Generation) -> None:
         self.orphans.append((request, generation))
