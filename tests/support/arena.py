@@ -1,4 +1,4 @@
-"""A stack to be harmed: real processes on a real Redis, each worker behind a proxy, and a client that notes when.
+"""A stack to be harmed: real processes and a real Redis, each behind a proxy, and a client that notes when.
 
 Everything runs on the event loop that calls ``start``. Knows how to hurt, and how to tell that all is well again.
 """
@@ -17,25 +17,31 @@ import signal
 import socket
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable, Iterable
-from dataclasses import dataclass, field, replace
+from collections.abc import Awaitable, Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import aiohttp
 
 from bench.chaos.proxy import Proxy, Weather
+from kvtransfer.ledger.records import HandoffRecord
 from kvtransfer.ledger.redis import RedisLedger
 from proto.control import Role
+from proto.ids import Epoch
+from proto.lifecycle import Stage
 from proto.settings import LedgerSettings, RouterSettings
 from tandem.local import StackSettings, child_groups
 from tandem.local_redis import LocalRedis
 from tandem.machine import Machine
 from tandem.options import settings_environ
 from tandem.supervisor import Child, ChildSpec, Supervisor
+from tests.support.answer import Answer, Gate
 from tests.support.redis import clear_disk, give_memory
 
 ROUTER = "router"
+KINDS = (ROUTER, *(role.value for role in Role))
+"""Of clients, as proxies know them."""
 READY_S = 90.0
 SETTLE_S = 60.0
 """How long blocks and records of lost requests may stay: longer than a lease."""
@@ -60,27 +66,6 @@ class Worker:
         return self.child.pid
 
 
-@dataclass
-class Answer:
-    """What a client got. ``arrivals``: when each piece with tokens came."""
-
-    tokens: list[int] = field(default_factory=list)
-    arrivals: list[float] = field(default_factory=list)
-    finish: str | None = None
-    error: str | None = None
-    changed: asyncio.Event = field(default_factory=asyncio.Event)
-
-    async def has(self, num_tokens: int) -> None:
-        while len(self.tokens) < num_tokens and self.finish is None and self.error is None:
-            self.changed.clear()
-            await self.changed.wait()
-
-    def pause_after(self, moment: float) -> float:
-        """Seconds from ``moment`` to the next token, or to the longest silence after it, if that is longer."""
-        times = [moment, *(at for at in self.arrivals if at > moment)]
-        return max((later - earlier for earlier, later in itertools.pairwise(times)), default=0.0)
-
-
 class Arena:
     """``start``, then any number of rounds (``ask``, harm, ``settled``), then ``stop``. ``logs`` is a folder."""
 
@@ -88,7 +73,10 @@ class Arena:
         self._settings = settings
         self._logs = logs
         self._lines: list[str] = []
-        self.redis = LocalRedis()
+        redis_port = free_port()
+        self.redis = LocalRedis(port=redis_port)
+        self.redis_proxy = Proxy(("127.0.0.1", redis_port), self._kind_of)
+        """On everybody's way to Redis but ours."""
         self.workers: list[Worker] = []
         self.router: Child
         self._stopping = asyncio.Event()
@@ -101,10 +89,12 @@ class Arena:
 
     async def start(self) -> None:
         await self.redis.start()
+        await self.redis_proxy.start()
         ledger = LedgerSettings(redis=self.redis.url, heartbeat_s=0.3, heartbeat_ttl_s=2.0)
         router: RouterSettings = replace(self._settings.router, host="127.0.0.1", port=self._port)
         self._settings = replace(self._settings, ledger=ledger, router=router)
-        groups = child_groups(self._settings, Machine(cores=2), is_private=True)
+        theirs = replace(ledger, redis=_by_way_of(self.redis_proxy, self.redis.url))
+        groups = child_groups(replace(self._settings, ledger=theirs), Machine(cores=2), is_private=True)
         wired = [[await self._wire(spec) for spec in group] for group in groups]
         self._supervisor = Supervisor(wired, lambda name, line: self._lines.append(f"{name}: {line}"), lambda _: 0.1)
         children = {child.spec.name: child for child in self._supervisor.children}
@@ -148,12 +138,17 @@ class Arena:
         self._stopping.set()
         if self._supervising is not None:
             await asyncio.wait([self._supervising])
-        for worker in self.workers:
-            await worker.proxy.stop()
+        for proxy in self._proxies:
+            await proxy.stop()
         await self._http.close()
         await self.redis.stop()
 
     # Who is who.
+
+    @property
+    def url(self) -> str:
+        """The router's."""
+        return f"http://127.0.0.1:{self._port}"
 
     @property
     def transport(self) -> str:
@@ -176,9 +171,23 @@ class Arena:
     def of(self, role: Role) -> list[Worker]:
         return [worker for worker in self.workers if worker.role is role]
 
-    def asked(self, role: Role) -> Worker:
-        """The worker of that tier that the router has sent most to since the weather was last fair."""
-        return max(self.of(role), key=lambda worker: worker.proxy.weather(ROUTER).num_sent)
+    @property
+    def _proxies(self) -> list[Proxy]:
+        return [self.redis_proxy, *(worker.proxy for worker in self.workers)]
+
+    async def handoff_at(self, stage: Stage) -> HandoffRecord | None:
+        """The hand-off that the ledger knows to be in that stage; None: there is none now."""
+        async with RedisLedger.from_settings(self._settings.ledger) as ledger:
+            found = [record for record in await ledger.open_handoffs() if record.stage is stage]
+        assert len(found) <= 1, found
+        return found[0] if found else None
+
+    async def worker_of(self, epoch: Epoch | None) -> Worker:
+        """The worker that is, as the ledger knows it, this incarnation."""
+        async with RedisLedger.from_settings(self._settings.ledger) as ledger:
+            (name,) = [record.worker for record in await ledger.workers() if record.epoch == epoch]
+        (worker,) = [worker for worker in self.workers if worker.name == name]
+        return worker
 
     async def seen(self, role: Role, kind: str, condition: Callable[[Weather], bool]) -> None:
         """Waits until ``condition`` holds for what clients of ``kind`` send to one worker of that tier."""
@@ -195,18 +204,19 @@ class Arena:
         self._stopped.discard(worker.pid)
         os.kill(worker.pid, signal.SIGKILL)
 
-    def freeze(self, worker: Worker) -> None:
-        os.kill(worker.pid, signal.SIGSTOP)
-        self._stopped.add(worker.pid)
+    def freeze(self, child: Child) -> None:
+        assert child.pid is not None, f"{child.spec.name} is not running"
+        os.kill(child.pid, signal.SIGSTOP)
+        self._stopped.add(child.pid)
 
-    def wake(self, worker: Worker) -> None:
-        if worker.child.pid in self._stopped:
-            os.kill(worker.pid, signal.SIGCONT)
-            self._stopped.discard(worker.pid)
+    def wake(self, child: Child) -> None:
+        if child.pid is not None and child.pid in self._stopped:
+            os.kill(child.pid, signal.SIGCONT)
+            self._stopped.discard(child.pid)
 
     def wake_all(self) -> None:
-        for worker in self.workers:
-            self.wake(worker)
+        for child in self.processes:
+            self.wake(child)
 
     def limit(self, child: Child, kind: int, most: int | None) -> None:
         """One of the system's limits on a living process: ``kind`` is of ``resource``; None lifts it."""
@@ -216,8 +226,8 @@ class Arena:
                 resource.prlimit(child.pid, kind, (soft, resource.RLIM_INFINITY))
 
     def fair_weather(self) -> None:
-        for worker in self.workers:
-            worker.proxy.clear()
+        for proxy in self._proxies:
+            proxy.clear()
 
     async def relieve(self) -> None:
         """Whatever is wrong is made good, as far as that is in our hands."""
@@ -234,11 +244,13 @@ class Arena:
 
     # Asking.
 
-    async def ask(self, prompt: list[int], answer: Answer, **params: Any) -> None:
+    async def ask(self, prompt: list[int], answer: Answer, *, gate: Gate | None = None, **params: Any) -> None:
         """Fills ``answer`` as tokens come; what goes wrong is in ``answer.error``."""
-        body = {"model": "tiny", "prompt": prompt, "stream": True, "return_token_ids": True, **params}
+        fields = {"model": "tiny", "prompt": prompt, "stream": True, "return_token_ids": True, **params}
+        body = json.dumps(fields).encode()
+        data, headers = gate.pass_on(body) if gate else body, {"Content-Type": "application/json"}
         try:
-            async with self._http.post(f"http://127.0.0.1:{self._port}/v1/completions", json=body) as reply:
+            async with self._http.post(f"{self.url}/v1/completions", data=data, headers=headers) as reply:
                 if reply.status != 200:
                     answer.error = f"{reply.status}: {await reply.text()}"
                 async for line in reply.content:
@@ -274,7 +286,7 @@ class Arena:
                 async with self._http.get(f"http://127.0.0.1:{worker.http_port}/health") as reply:
                     if reply.status != 200:
                         return False
-            async with self._http.get(f"http://127.0.0.1:{self._port}/ready") as reply:
+            async with self._http.get(f"{self.url}/ready") as reply:
                 if reply.status != 200:
                     return False
                 details = (await reply.json())["details"]
@@ -285,14 +297,35 @@ class Arena:
 
     async def settled(self) -> None:
         """Until every block of every pool is free or cached, and the ledger has no open hand-off."""
-        await self._eventually(self._has_closed_handoffs, SETTLE_S, "hand-offs stay open on the ledger")
+        await self._eventually(self.has_closed_handoffs, SETTLE_S, "hand-offs stay open on the ledger")
         await self.freed()
 
-    async def freed(self) -> None:
+    async def freed(self, within_s: float = SETTLE_S) -> None:
         for worker in self.workers:
-            await self._eventually(lambda worker=worker: self._is_free(worker), SETTLE_S, f"{worker.name} holds blocks")
+            await self._eventually(lambda worker=worker: self._is_free(worker), within_s, f"{worker.name} holds blocks")
 
-    async def _has_closed_handoffs(self) -> bool:
+    async def let_go(self, pids: Mapping[str, int], within_s: float) -> None:
+        """Until the ledger has no open hand-off, and every worker that still is the process it was has all blocks free
+        or cached."""
+
+        async def is_let_go() -> bool:
+            survivors = [worker for worker in self.workers if worker.child.pid == pids[worker.name]]
+            frees = [await self._is_free(worker) for worker in survivors]
+            return all(frees) and await self.has_closed_handoffs()
+
+        await self._eventually(is_let_go, within_s, "what was held is let go too late")
+
+    async def recorded(self) -> None:
+        """Until the ledger has every worker, and what each has cached."""
+        await self._eventually(self._is_recorded, SETTLE_S, "workers or inventories are not on the ledger")
+
+    async def _is_recorded(self) -> bool:
+        async with RedisLedger.from_settings(self._settings.ledger) as ledger:
+            epochs = [record.epoch for record in await ledger.workers()]
+            inventories = [await ledger.snapshot(epoch) for epoch in epochs]
+        return len(epochs) == len(self.workers) and all(found and found.hashes for found in inventories)
+
+    async def has_closed_handoffs(self) -> bool:
         async with RedisLedger.from_settings(self._settings.ledger) as ledger:
             return not await ledger.open_handoffs()
 
@@ -304,6 +337,9 @@ class Arena:
     async def metrics(self, port: int) -> str:
         async with self._http.get(f"http://127.0.0.1:{port}/metrics") as reply:
             return await reply.text()
+
+    async def router_metrics(self) -> str:
+        return await self.metrics(self._port)
 
     async def computed(self, workers: Iterable[Worker]) -> int:
         """Prompt tokens that they have computed, since they started."""
@@ -320,7 +356,7 @@ class Arena:
 
     async def recoveries(self) -> Counter[str]:
         """How often the router has done what, since it started."""
-        page = await self.metrics(self._port)
+        page = await self.router_metrics()
         found = re.findall(r'^tandem_recoveries_total\{.*remedy="(\w+)".*\} (\S+)$', page, re.MULTILINE)
         return Counter({remedy: int(float(count)) for remedy, count in found})
 
@@ -342,6 +378,10 @@ class Arena:
     def _last_words(self) -> list[str]:
         logs = (path.read_text(errors="replace").splitlines()[-30:] for path in sorted(self._logs.iterdir()))
         return [*self._lines[-20:], *itertools.chain.from_iterable(logs)]
+
+
+def _by_way_of(proxy: Proxy, url: str) -> str:
+    return re.sub(r":\d+/", f":{proxy.port}/", url)
 
 
 def total(page: str, name: str) -> float:

@@ -10,26 +10,40 @@ import signal
 from redis.asyncio import Redis
 
 from proto.control import Role
-from tests.support.arena import ROUTER, Answer
+from tests.support.answer import Answer
+from tests.support.arena import KINDS, ROUTER
 from tests.support.fault_stages import PREFILL, SHM, Scene
 from tests.support.redis import clear_disk, exhaust_memory, fill_disk, give_memory
 
+_DELAY_S = 0.02
+"""Of each piece, on a slow way."""
+_REDIS_DELAY_S = 0.4
+"""A heartbeat takes twice as long, and is in time all the same."""
 QUICK_S = 20.0
 SLOW_S = 60.0
 """Silence is noticed by the keepalive of the connections, or by a stage's deadline."""
+_GIVEN_UP_S = 11.0
+"""Longer than the keepalive of the connections."""
+_FREED_S = 8.0
+"""What a router held is let go five seconds after its connections, if not before."""
 _RECORDS_GONE_S = 10.0
 """Longer than a worker's record lasts on the ledger."""
 
 
 class Fault:
     within_s = QUICK_S
+    """From its end on, where it ends by itself."""
     kills_router = False
     is_shortage = False
     """Nobody is lost: while it lasts, new requests are answered, too."""
 
     async def strike(self, scene: Scene) -> None: ...
 
-    async def undo(self, scene: Scene) -> None: ...
+    async def outlast(self, scene: Scene) -> None:
+        """Meanwhile what was held up goes on."""
+
+    async def undo(self, scene: Scene) -> None:
+        """Once the client has its answer."""
 
     def verify(self, scene: Scene) -> None: ...
 
@@ -54,12 +68,12 @@ class Freeze(Fault):
     async def strike(self, scene: Scene) -> None:
         victim = scene.worker(self._side)
         scene.frozen.add(victim.name)
-        scene.arena.freeze(victim)
+        scene.arena.freeze(victim.child)
 
     async def undo(self, scene: Scene) -> None:
         if self._side == "D" and scene.arena.transport == SHM:
             await _use_all_blocks(scene)
-        scene.arena.wake(scene.worker(self._side))
+        scene.arena.wake(scene.worker(self._side).child)
 
 
 async def _use_all_blocks(scene: Scene) -> None:
@@ -187,6 +201,35 @@ class RedisFrozen(Fault):
         os.kill(scene.arena.redis.pid, signal.SIGCONT)
 
 
+class RedisNetwork(Fault):
+    """Everybody's way to Redis."""
+
+    is_shortage = True
+
+    def __init__(self, within_s: float = QUICK_S, *, is_lost: bool, **weather: float | bool) -> None:
+        self.within_s, self._is_lost, self._weather = within_s, is_lost, weather
+
+    async def strike(self, scene: Scene) -> None:
+        for kind in KINDS:
+            scene.arena.redis_proxy.set(kind, **self._weather)
+        if self._is_lost:
+            await _wait_until_records_are_gone(scene)
+
+
+class RouterFrozen(Fault):
+    """For longer than the others' patience: its connections are given up, and what it held is freed meanwhile."""
+
+    within_s = SLOW_S
+
+    async def strike(self, scene: Scene) -> None:
+        scene.arena.freeze(scene.arena.router)
+
+    async def outlast(self, scene: Scene) -> None:
+        await asyncio.sleep(_GIVEN_UP_S)
+        await scene.arena.freed(within_s=_FREED_S)
+        scene.arena.wake(scene.arena.router)
+
+
 class RouterDies(Fault):
     kills_router = True
 
@@ -204,7 +247,9 @@ FAULTS: dict[str, Fault] = {
     "D stopped, wakes up later": Freeze("D"),
     "P-D cut": Network(PREFILL, "D", is_cut=True),
     "P-D silent": Network(PREFILL, "D", SLOW_S, is_silent=True),
-    "P-D slow": Network(PREFILL, "D", SLOW_S, delay_s=0.02),
+    "P-D slow": Network(PREFILL, "D", SLOW_S, delay_s=_DELAY_S),
+    "router-P slow": Network(ROUTER, "P", SLOW_S, delay_s=_DELAY_S),
+    "router-D slow": Network(ROUTER, "D", SLOW_S, delay_s=_DELAY_S),
     "router-P cut": Network(ROUTER, "P", is_cut=True),
     "router-D cut": Network(ROUTER, "D", is_cut=True),
     "router-P silent": Network(ROUTER, "P", SLOW_S, is_silent=True),
@@ -212,10 +257,14 @@ FAULTS: dict[str, Fault] = {
     "payload bits flipped": Flip(),
     "P out of memory": OutOfMemory("P"),
     "D out of memory": OutOfMemory("D"),
+    "Redis cut": RedisNetwork(is_lost=True, is_cut=True),
+    "Redis silent": RedisNetwork(is_lost=True, is_silent=True),
+    "Redis slow": RedisNetwork(SLOW_S, is_lost=False, delay_s=_REDIS_DELAY_S),
     "Redis killed, back empty": RedisDies(),
     "Redis flushed": RedisFlushed(),
     "Redis stopped": RedisFrozen(),
     "Redis out of memory": RedisOutOfMemory(),
     "disk full": DiskFull(),
+    "router stopped, wakes up later": RouterFrozen(),
     "router killed": RouterDies(),
 }
