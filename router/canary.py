@@ -141,7 +141,12 @@ class Canary:
         prompt = tuple((7 * at + 1) % vocab for at in range(view.block_size + 1))
         params = SamplingParams(max_tokens=NUM_TOKENS, temperature=0.0, ignore_eos=True, seed=0)
         new = NewRequest(
-            prompt=prompt, params=params, cache_salt=secrets.token_hex(8), priority=LAST_PRIORITY, label="canary"
+            prompt=prompt,
+            params=params,
+            cache_salt=secrets.token_hex(8),
+            priority=LAST_PRIORITY,
+            label="canary",
+            layout=view.layout,
         )
         stream: RequestStreamLike | None = None
         try:

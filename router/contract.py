@@ -29,7 +29,8 @@ class NewRequest:
 
     ``prompt`` is not empty, and every id is within the vocabulary. ``params`` is checked; ``max_tokens`` is a number
     and fits the context beside the prompt; ``seed`` may be None: the flow draws one. ``label`` is the client's
-    X-Request-ID or ours: for logs and traces only, never an identity.
+    X-Request-ID or ours: for logs and traces only, never an identity. ``layout`` is the KV layout of the model whose
+    tokens these are (empty: of the one served when it starts): workers of another one never see them.
     """
 
     prompt: tuple[int, ...]
@@ -37,6 +38,7 @@ class NewRequest:
     cache_salt: str = ""
     priority: int = 0
     label: str = ""
+    layout: str = ""
 
 
 class RequestStreamLike(Protocol):

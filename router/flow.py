@@ -11,6 +11,7 @@ import logging
 import math
 from collections import defaultdict
 from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 from proto.control import Failed, FromRouter, FromWorker, Progress, Rejected, Renew, Tokens
@@ -34,10 +35,15 @@ log = logging.getLogger(__name__)
 class Fleet(Protocol):
     """The workers as the flow needs them (``registry``)."""
 
-    def view(self) -> View: ...
+    @property
+    def layout(self) -> str:
+        """The KV layout that new requests are for; empty before the first worker came up."""
 
-    def hasher(self) -> BlockHasher:
-        """Names the deployment's blocks. Raises NoWorker while no worker was ever seen."""
+    def view(self, layout: str) -> View:
+        """The workers for requests of ``layout``."""
+
+    def hasher(self, layout: str) -> BlockHasher:
+        """Names blocks of ``layout``. Raises NoWorker while no worker of it was ever seen."""
 
     def send(self, epoch: Epoch, message: FromRouter) -> None:
         """Never blocks; dropped when the worker is gone."""
@@ -50,6 +56,14 @@ class Fleet(Protocol):
         """A try failed there."""
 
     def note_success(self, epoch: Epoch) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class _Prompt:
+    """``layout``: of the model that a request's tokens are for, whatever is served now; ``hashes``: of its blocks."""
+
+    layout: str
+    hashes: Sequence[BlockHash]
 
 
 class RequestStream:
@@ -119,7 +133,7 @@ class Flow:
         self._listener = listener
         self._timers = timers or LoopTimers()
         self._lives: dict[RequestId, Life] = {}
-        self._hashes: dict[RequestId, Sequence[BlockHash]] = {}
+        self._prompts: dict[RequestId, _Prompt] = {}
         self._canaries: set[RequestId] = set()
         self._last_adopted_at = -math.inf
         self._last_placed_at = -math.inf
@@ -146,7 +160,7 @@ class Flow:
     async def start(self, new: NewRequest) -> RequestStream:
         """Admits and places a request. Raises Overloaded, NoWorker or Unavailable, and then nothing is left of it."""
         try:
-            return self._begin(self._admission.admit(new), new.label, self._listener)
+            return self._begin(self._admission.admit(new), new, self._listener)
         except TandemError as error:
             self._listener.turned_away(error)
             raise
@@ -155,12 +169,14 @@ class Flow:
         """Like ``start``, always through a prefill worker, and told to nobody."""
         request = self._admission.admit(new)
         self._canaries.add(request.id)
-        return self._begin(request, new.label, SILENCE)
+        return self._begin(request, new, SILENCE)
 
-    def _begin(self, request: Request, label: str, listener: Listener) -> RequestStream:
-        life = Life(request, label, self._rules, self, listener, self._timers)
+    def _begin(self, request: Request, new: NewRequest, listener: Listener) -> RequestStream:
+        life = Life(request, new.label, self._rules, self, listener, self._timers)
         try:
-            self._hashes[request.id] = self._fleet.hasher().full_blocks(request.prompt, request.cache_salt)
+            layout = new.layout or self._fleet.layout
+            hashes = self._fleet.hasher(layout).full_blocks(request.prompt, request.cache_salt)
+            self._prompts[request.id] = _Prompt(layout, hashes)
             self._lives[request.id] = life
             life.begin()
         except BaseException:
@@ -238,9 +254,10 @@ class Flow:
         self, request: Request, way: Way, avoid: frozenset[Epoch], numerics: str, *, is_new: bool = False
     ) -> Decision:
         self._turn += 1
-        hashes = self._hashes[request.id]
+        prompt = self._prompts[request.id]
+        hashes = prompt.hashes
         if request.is_resumed:
-            hashes = self._fleet.hasher().full_blocks(request.prefix, request.cache_salt)
+            hashes = self._fleet.hasher(prompt.layout).full_blocks(request.prefix, request.cache_salt)
         ask = Ask(
             num_tokens=len(request.prefix),
             num_choices=request.params.n,
@@ -254,7 +271,7 @@ class Flow:
             itl_s=self._pace.itl_s,
             output_tokens=self._pace.output_tokens,
         )
-        decision = choose(self._fleet.view(), ask, self._weights, self._goals)
+        decision = choose(self._fleet.view(prompt.layout), ask, self._weights, self._goals)
         self._last_placed_at = self._timers.time()
         return decision
 
@@ -320,7 +337,7 @@ class Flow:
 
     def _forget(self, request: RequestId) -> None:
         self._lives.pop(request, None)
-        self._hashes.pop(request, None)
+        self._prompts.pop(request, None)
         self._canaries.discard(request)
         self._pace.forget(request)
         self._admission.leave(request)

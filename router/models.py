@@ -62,16 +62,16 @@ class Models:
 
     def current(self) -> ServedModel:
         """Raises NoWorker while no worker was ever seen."""
-        return self._current()[0]
+        return self._find(self._layout)[0]
 
-    def hasher(self) -> BlockHasher:
-        """Raises NoWorker while no worker was ever seen."""
-        return self._current()[1]
+    def hasher(self, layout: str) -> BlockHasher:
+        """For blocks of ``layout``. Raises NoWorker while no worker of it was ever seen."""
+        return self._find(layout)[1]
 
-    def _current(self) -> tuple[ServedModel, BlockHasher]:
-        if self._layout not in self._known:
+    def _find(self, layout: str) -> tuple[ServedModel, BlockHasher]:
+        if layout not in self._known:
             raise NoWorker(self.trouble)
-        return self._known[self._layout]
+        return self._known[layout]
 
     def _load(self, card: ModelCard) -> ServedModel:
         settings = self._settings

@@ -53,7 +53,7 @@ class ModelBook(Protocol):
 
     def serve(self, layout: str) -> None: ...
 
-    def hasher(self) -> BlockHasher: ...
+    def hasher(self, layout: str) -> BlockHasher: ...
 
 
 class Registry:
@@ -89,15 +89,17 @@ class Registry:
         """The deployment's KV layout; empty before the first worker came up."""
         return self._layout
 
-    def hasher(self) -> BlockHasher:
-        return self._models.hasher()
+    def hasher(self, layout: str) -> BlockHasher:
+        return self._models.hasher(layout)
 
-    def view(self) -> View:
-        now = self._clock()
+    def view(self, layout: str = "") -> View:
+        """For requests of ``layout``; empty: the deployment's. One that is the deployment's no more has its own workers
+        and no others: what began there can end there."""
+        now, layout = self._clock(), layout or self._layout
         members = sorted(self._members.values(), key=lambda member: member.record.worker)
-        block_size = next((m.record.block_size for m in members if m.record.layout == self._layout), 1)
-        workers = tuple(member.candidate(now) for member in members)
-        return View(workers=workers, layout=self._layout, block_size=block_size)
+        own = [member for member in members if member.record.layout == layout]
+        workers = tuple(member.candidate(now) for member in (members if layout == self._layout else own))
+        return View(workers=workers, layout=layout, block_size=own[0].record.block_size if own else 1)
 
     def troubles(self) -> list[str]:
         """One line per worker that should be there and gets no work."""

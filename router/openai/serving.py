@@ -153,6 +153,7 @@ def new_request(
         cache_salt=options.cache_salt,
         priority=options.priority,
         label=label,
+        layout=model.card.layout,
     )
 
 

@@ -241,6 +241,7 @@ async def test_salt_and_priority_reach_the_flow() -> None:
     async with serving(flow("hi"), MODEL) as site:
         await site.post(PATH, {"prompt": "x", "cache_salt": "s", "priority": -3})
     assert (site.flow.requests[0].cache_salt, site.flow.requests[0].priority) == ("s", -3)
+    assert site.flow.requests[0].layout == MODEL.card.layout
 
 
 # Where text stops.

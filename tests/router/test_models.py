@@ -21,7 +21,7 @@ async def test_nothing_is_served_before_a_card_is_known() -> None:
     with pytest.raises(NoWorker, match="no worker has been seen"):
         models.current()
     with pytest.raises(NoWorker):
-        models.hasher()
+        models.hasher("layout")
 
 
 async def test_the_deployments_layout_decides() -> None:
@@ -43,8 +43,9 @@ async def test_hashes_are_keyed_by_the_secret() -> None:
     models = Models(ModelSettings(), prefix_hash_key="secret")
     await models.learn(model_card())
     models.serve("layout")
-    assert models.hasher().full_blocks(range(32)) == BlockHasher("ns", 16, hash_key("secret")).full_blocks(range(32))
-    assert models.hasher().full_blocks(range(32)) != BlockHasher("ns", 16).full_blocks(range(32))
+    hashes = models.hasher("layout").full_blocks(range(32))
+    assert hashes == BlockHasher("ns", 16, hash_key("secret")).full_blocks(range(32))
+    assert hashes != BlockHasher("ns", 16).full_blocks(range(32))
     assert hash_key("") == b""
 
 

@@ -145,7 +145,7 @@ class Book:
     def serve(self, layout: str) -> None:
         self.served = layout
 
-    def hasher(self) -> BlockHasher:
+    def hasher(self, layout: str) -> BlockHasher:
         return BlockHasher("namespace", 16)
 
 
@@ -401,6 +401,16 @@ async def test_workers_that_disagree_are_named_in_the_log(fleet: Fleet, caplog: 
     assert [r.message for r in caplog.records if r.levelname == "ERROR"] == [
         "workers d2 have another model, dtype or block size than the deployment (layout layout-a) and are not used"
     ]
+
+
+async def test_a_layout_that_is_replaced_keeps_its_own_workers(fleet: Fleet) -> None:
+    await fleet.up(record("d1"))
+    other = [dataclasses.replace(record(name, layout="layout-b"), block_size=32) for name in ("p2", "d2")]
+    await fleet.up(record("d1"), *other)
+    now, then = fleet.registry.view(), fleet.registry.view("layout-a")
+    assert (now.layout, now.block_size) == ("layout-b", 32)
+    assert (then.layout, then.block_size) == ("layout-a", 16)
+    assert [each.worker for each in then.workers] == ["d1"]
 
 
 async def test_closing_ends_every_link(fleet: Fleet) -> None:

@@ -96,6 +96,7 @@ class FakeFleet:
 
     def __init__(self, *workers: Candidate, timers: FakeTimers) -> None:
         self.workers = {worker.epoch: worker for worker in workers}
+        self.layout = LAYOUT
         self.sent: list[tuple[str, FromRouter]] = []
         self._was_seen = bool(workers)
         self.faults: list[str] = []
@@ -103,18 +104,19 @@ class FakeFleet:
         self._timers = timers
         self._full_until: dict[Epoch, float] = {}
 
-    def view(self) -> View:
+    def view(self, layout: str) -> View:
         now = self._timers.now
         workers = tuple(
             dataclasses.replace(worker, full_for_s=max(0.0, self._full_until.get(worker.epoch, 0.0) - now))
             for worker in self.workers.values()
+            if layout == self.layout or worker.layout == layout
         )
-        return View(workers=workers, layout=LAYOUT, block_size=BLOCK_SIZE)
+        return View(workers=workers, layout=layout, block_size=BLOCK_SIZE)
 
-    def hasher(self) -> BlockHasher:
+    def hasher(self, layout: str = LAYOUT) -> BlockHasher:
         if not self._was_seen:
             raise NoWorker("no worker has been seen yet")
-        return BlockHasher("test", BLOCK_SIZE)
+        return BlockHasher("test" if layout == LAYOUT else layout, BLOCK_SIZE)
 
     def send(self, epoch: Epoch, message: FromRouter) -> None:
         if epoch in self.workers:
@@ -251,8 +253,8 @@ class House:
         """Its stream breaks and is there again."""
         self.flow.worker_back(Epoch(f"epoch-{name}"))
 
-    def join(self, name: str, role: Role) -> None:
-        worker = candidate(name, role)
+    def join(self, name: str, role: Role, **changes: object) -> None:
+        worker = candidate(name, role, **changes)
         self.fleet.workers[worker.epoch] = worker
         self.flow.worker_up(worker.epoch)
 
