@@ -142,9 +142,16 @@ def _whole(name: str, value: Any, low: int, high: int | None) -> None:
 
 
 def _number(name: str, value: Any, low: float, high: float | None) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not _is_finite(value):
         raise InvalidRequest(f"{name} must be a finite number, got {value!r}.", param=name)
     _in_range(name, value, low, high)
+
+
+def _is_finite(value: float) -> bool:
+    try:
+        return math.isfinite(value)
+    except OverflowError:  # a whole number that no float can hold
+        return False
 
 
 def _in_range(name: str, value: float, low: float, high: float | None) -> None:

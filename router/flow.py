@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from proto.control import Failed, FromRouter, FromWorker, Progress, Rejected, Renew, Tokens
-from proto.errors import TandemError, Unavailable
+from proto.errors import LocalFault, TandemError, Unavailable
 from proto.hashing import BlockHasher
 from proto.ids import BlockHash, Epoch, RequestId, WorkerId
 from proto.lifecycle import Stage
@@ -180,7 +180,10 @@ class Flow:
             self._lives[request.id] = life
             life.begin()
         except BaseException:
-            self._forget(request.id)
+            if life.stage is Stage.RECEIVED:
+                self._forget(request.id)
+            else:  # workers may have heard of it, and its clocks run
+                life.fail(LocalFault("the request could not be sent to its workers"))
             raise
         self._idle.clear()
         if self._renewal is None:

@@ -124,7 +124,9 @@ class Fields:
 
     def text(self, name: str) -> str | None:
         value = self.raw(name)
-        return value if value is None or isinstance(value, str) else self._wrong(name, "a string", value)
+        if value is None or isinstance(value, str):
+            return None if value is None else check_unicode(value, self._path + name)
+        return self._wrong(name, "a string", value)
 
     def object(self, name: str) -> Fields | None:
         value = self.raw(name)
@@ -170,6 +172,13 @@ class Fields:
 def wrong_type(name: str, wanted: str, value: Json) -> InvalidRequest:
     """The error for a value of another type than ``wanted`` (with its article)."""
     return InvalidRequest(f"{name} must be {wanted}, got {_kind(value)} ({_shorten(json.dumps(value))}).", param=name)
+
+
+def check_unicode(text: str, name: str) -> str:
+    """``text``, without half of a surrogate pair: JSON can spell that, and no encoding. Raises InvalidRequest."""
+    if not text.isascii() and any("\ud800" <= char <= "\udfff" for char in text):
+        raise InvalidRequest(f"{name} is not valid Unicode text: it holds half of a surrogate pair.", param=name)
+    return text
 
 
 def check_token_ids(values: list[Json], vocab_size: int, name: str) -> tuple[int, ...]:
@@ -233,7 +242,7 @@ def _read_stop(fields: Fields) -> tuple[str, ...] | None:
         raise InvalidRequest(f"stop takes at most {MAX_STOP_STRINGS} strings, got {len(texts)}.", param="stop")
     if any(len(text) > _MAX_STOP_LENGTH for text in texts):
         raise InvalidRequest(f"A stop string may have at most {_MAX_STOP_LENGTH} characters.", param="stop")
-    return tuple(texts)
+    return tuple(check_unicode(text, "stop") for text in texts)
 
 
 def _read_logit_bias(fields: Fields, vocab_size: int) -> dict[int, float] | None:
@@ -246,8 +255,8 @@ def _read_logit_bias(fields: Fields, vocab_size: int) -> dict[int, float] | None
             raise InvalidRequest(
                 f"logit_bias: {shown!r} is no token id of the vocabulary of {vocab_size}.", param="logit_bias"
             )
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
-            raise wrong_type("logit_bias", "an object of numbers", value)
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or abs(value) >= _HUGE:
+            raise wrong_type("logit_bias", "an object of numbers from -100 to 100", value)
         bias[int(key)] = value
     return bias or None
 

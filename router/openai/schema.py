@@ -14,6 +14,8 @@ from router.values import Json, JsonObject
 
 MAX_PROMPTS = 1024
 MAX_SALT = 128
+MAX_PRIORITY = (1 << 63) - 1
+"""It has 64 bits on the wire."""
 _COMPLETION_MAX_TOKENS = 16
 _TEMPLATE_VARIABLES = frozenset({"messages", "tools", "documents", "add_generation_prompt"})
 _TEXT_PARTS = frozenset({"text", "input_text", "output_text", "refusal"})
@@ -197,7 +199,7 @@ def _read_options(
         truncate_prompt=truncate,
         truncate_left=side != "right",
         cache_salt=_read_salt(fields),
-        priority=fields.whole("priority") or 0,
+        priority=_read_priority(fields),
         ignored=(),
     )
     fields.finish()
@@ -209,6 +211,13 @@ def _read_salt(fields: Fields) -> str:
     if salt is not None and not 0 < len(salt) <= MAX_SALT:
         raise InvalidRequest(f"cache_salt must have 1 to {MAX_SALT} characters.", param="cache_salt")
     return salt or ""
+
+
+def _read_priority(fields: Fields) -> int:
+    priority = fields.whole("priority") or 0
+    if not -MAX_PRIORITY - 1 <= priority <= MAX_PRIORITY:
+        raise InvalidRequest(f"priority must be between {-MAX_PRIORITY - 1} and {MAX_PRIORITY}.", param="priority")
+    return priority
 
 
 def _read_prompts(fields: Fields, vocab_size: int) -> tuple[str | tuple[int, ...], ...]:

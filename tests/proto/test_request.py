@@ -47,6 +47,8 @@ def params(**fields: object) -> SamplingParams:
         ("stop", ["a", ""]),
         ("logit_bias", {5: 101.0}),
         ("logit_bias", {-1: 1.0}),
+        ("logit_bias", {3: 10**400}),
+        pytest.param("repetition_penalty", 10**400, id="repetition_penalty-of-401-digits"),
         ("stop_token_ids", [-1]),
         ("allowed_token_ids", []),
         ("allowed_token_ids", [True]),

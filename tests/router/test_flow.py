@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from proto.control import Abort, Attach, Failed, Prefill, RejectReason, Renew, Role, Tokens, Welcome
+from proto.control import Abort, Attach, Failed, FromRouter, Prefill, RejectReason, Renew, Role, Tokens, Welcome
 from proto.errors import DeadlineExceeded, InvalidRequest, LocalFault, NoWorker, Overloaded, Unavailable
 from proto.ids import Epoch, Generation, RequestId, WorkerId
 from proto.lifecycle import Stage
@@ -272,6 +272,29 @@ async def test_without_workers_nothing_is_left_behind() -> None:
     assert house.flow.num_inflight == house.admission.num_inflight == house.timers.num_live == 0
     assert not house.heard.ends
     assert [type(error) for error in house.heard.turned] == [NoWorker]
+
+
+@pytest.mark.parametrize("fails_at", [1, 2])
+async def test_a_request_that_cannot_be_sent_leaves_nothing_behind(fails_at: int) -> None:
+    house = House("p1", "d1")
+    send, num_sent = house.fleet.send, 0
+
+    def send_or_fail(epoch: Epoch, message: FromRouter) -> None:
+        nonlocal num_sent
+        num_sent += 1
+        if num_sent == fails_at:
+            raise ValueError("it cannot be encoded")
+        send(epoch, message)
+
+    house.fleet.send = send_or_fail  # type: ignore[method-assign]
+    with pytest.raises(ValueError, match="encoded"):
+        await house.start()
+    assert house.flow.num_inflight == house.admission.num_inflight == house.timers.num_live == 0
+    assert [end.stage for end in house.heard.ends] == [Stage.FAILED]
+    house.timers.advance(10_000.0)
+    assert house.fleet.faults == []
+    assert house.aborts_to("d1")
+    await house.flow.drain(1.0)
 
 
 async def test_draining_waits_for_those_inside_and_admits_nobody() -> None:
