@@ -4,7 +4,8 @@
        └── it is old, and no real request crossed the path since: a canary flies, and makes the next verdict
 
 Its prompt has a salt of its own, so its block must travel; its priority is the last, it is in no metrics and on no
-ledger. A canary that fails where there is other work says nothing at first: the queue may have been in its way.
+ledger. A canary that is turned away for want of room says nothing of the path, and the last verdict stays; one that
+fails where there is other work says nothing at first: the queue may have been in its way.
 Knows requests and answers; knows no sockets.
 """
 
@@ -18,7 +19,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from proto.control import Role
-from proto.errors import NoWorker, TandemError
+from proto.errors import NoWorker, Overloaded, TandemError
 from proto.request import SamplingParams, TokenOut
 from router.contract import NewRequest, RequestStreamLike
 from router.policy import Candidate, View
@@ -31,7 +32,13 @@ LAST_PRIORITY = 1_000_000
 AGAIN_S = 1.0
 """Age at which bad news is old."""
 EXCUSE_S = 60.0
-"""How long other work excuses a canary's failure, since the path last worked."""
+"""How long other work excuses a canary's failure, since the path last worked or could not be tried."""
+
+
+class CanaryStream(RequestStreamLike, Protocol):
+    @property
+    def is_refused(self) -> bool:
+        """Whether it waits for a decode worker with room for its blocks."""
 
 
 class Path(Protocol):
@@ -41,7 +48,7 @@ class Path(Protocol):
     def last_adopted_at(self) -> float:
         """When a decode worker last had all blocks of a real request, on the router's clock."""
 
-    async def start_canary(self, new: NewRequest) -> RequestStreamLike:
+    async def start_canary(self, new: NewRequest) -> CanaryStream:
         """Like ``start``, always through a prefill worker, and told to nobody."""
 
 
@@ -77,7 +84,7 @@ class Canary:
         self._timeout_s = timeout_s
         self._verdict: Verdict | None = None
         self._expected: dict[tuple[str, str, str], tuple[int, ...]] = {}
-        self._worked_at = clock()
+        self._excused_since = clock()
         self._flight: asyncio.Task[None] | None = None
 
     def verdict(self) -> Verdict | None:
@@ -113,20 +120,27 @@ class Canary:
             trouble = await self._try()
             now = self._clock()
             if not trouble:
-                self._worked_at = now
+                self._excused_since = now
             elif not _pair_exists(self._view()):
                 trouble = ""  # one of the pair has left: the workers' own trouble, which is reported as such
-            elif is_busy and now - max(self._worked_at, self._path.last_adopted_at) < EXCUSE_S:
+            elif is_busy and now - max(self._excused_since, self._path.last_adopted_at) < EXCUSE_S:
                 log.info("a canary failed beside other work, which says nothing yet: %s", trouble)
                 trouble = ""
             else:
                 log.error("the KV path does not work: %s", trouble)
             self._verdict = Verdict(trouble, now)
+        except Overloaded as error:
+            log.info("a canary was turned away, which says nothing of the path: %s", error.message)
+            self._excused_since = self._clock()
+            self._verdict = Verdict(self._verdict.trouble if self._verdict else "", self._excused_since)
         finally:
             self._flight = None
 
     async def _try(self) -> str:
-        """What is wrong; a wrong answer is asked for twice, since numbers may differ in their last bits."""
+        """What is wrong; a wrong answer is asked for twice, since numbers may differ in their last bits.
+
+        Raises Overloaded.
+        """
         try:
             trouble = await self._ask() and await self._ask()
             if trouble:
@@ -136,7 +150,7 @@ class Canary:
             return ""  # there is no pair any more
 
     async def _ask(self) -> str:
-        """One canary. Raises NoWorker."""
+        """One canary. Raises NoWorker, and Overloaded where there is no room for it."""
         vocab, view = self._vocab_size(), self._view()
         prompt = tuple((7 * at + 1) % vocab for at in range(view.block_size + 1))
         params = SamplingParams(max_tokens=NUM_TOKENS, temperature=0.0, ignore_eos=True, seed=0)
@@ -148,15 +162,17 @@ class Canary:
             label="canary",
             layout=view.layout,
         )
-        stream: RequestStreamLike | None = None
+        stream: CanaryStream | None = None
         try:
             async with asyncio.timeout(self._timeout_s):
                 stream = await self._path.start_canary(new)
                 tokens = [out async for batch in stream for out in batch]
             self._check(stream, tokens, view)
-        except NoWorker:
+        except (NoWorker, Overloaded):
             raise
         except TimeoutError:
+            if stream is not None and stream.is_refused:
+                raise Overloaded(f"{stream.decode_worker} has no room for its blocks") from None
             return f"{_pair(stream)}: no answer within {self._timeout_s:g} s"
         except TandemError as error:
             return f"{_pair(stream)}: {error.message}"

@@ -96,6 +96,11 @@ class RequestStream:
     def decode_worker(self) -> WorkerId | None:
         return self._life.journal.decode_worker
 
+    @property
+    def is_refused(self) -> bool:
+        """Whether it waits for a decode worker with room for its blocks."""
+        return self._life.is_refused
+
     def __aiter__(self) -> AsyncIterator[list[TokenOut]]:
         return self
 

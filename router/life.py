@@ -87,6 +87,11 @@ class Life:
         """Whether it needs a worker and has found none."""
         return self._need is not None
 
+    @property
+    def is_refused(self) -> bool:
+        """Whether decode workers have no room for its blocks."""
+        return self._search.is_refused
+
     # From the flow: the start, and the ends it can bring about.
 
     def begin(self) -> None:

@@ -27,6 +27,11 @@ class Patience:
         self._alone_since = now if self._alone_since is None else self._alone_since
         return now - self._alone_since < self._alone_s
 
+    @property
+    def is_refused(self) -> bool:
+        """A decode worker had no room for its blocks, and none has taken them since."""
+        return self._refused_since is not None
+
     def refused(self, now: float) -> bool:
         """A decode worker had no room for blocks that are computed: whether to ask on."""
         self._refused_since = now if self._refused_since is None else self._refused_since

@@ -54,6 +54,11 @@ class Search:
         return self._patience.refused(self._timers.time())
 
     @property
+    def is_refused(self) -> bool:
+        """Whether decode workers have no room for its blocks, as far as is known."""
+        return self._patience.is_refused
+
+    @property
     def lacks_room(self) -> bool:
         """Whether a decode worker could take its blocks, if only it had room."""
         return bool(self._without_room)

@@ -7,10 +7,11 @@ from collections.abc import AsyncIterator, Callable
 
 import pytest
 
-from proto.control import Load, Role
-from proto.errors import NoWorker, Overloaded, TandemError
+from proto.control import Load, RejectReason, Role
+from proto.errors import LocalFault, NoWorker, Overloaded, TandemError, WorkerLost
 from proto.ids import RequestId, WorkerId
-from proto.request import FinishReason, TokenOut
+from proto.lifecycle import Stage
+from proto.request import FinishReason, SamplingParams, TokenOut
 from router.canary import EXCUSE_S, LAST_PRIORITY, NUM_TOKENS, Canary, Verdict
 from router.contract import NewRequest
 from router.policy import Candidate, View
@@ -29,6 +30,7 @@ class Flight(AsyncIterator[list[TokenOut]]):
         self.num_cached, self.num_bytes_moved = 0, num_bytes
         self.prefill_worker, self.decode_worker = WorkerId("p1"), WorkerId("d1")
         self.num_closed = 0
+        self.is_refused = False
         self._tokens, self._error, self._hangs = list(tokens), error, hangs
 
     async def __anext__(self) -> list[TokenOut]:
@@ -58,6 +60,7 @@ class Air:
         self.error: TandemError | None = None
         self.refuses: TandemError | None = None
         self.hangs = False
+        self.is_full = False
         self.num_bytes = 10
         self.asked: list[NewRequest] = []
         self.flights: list[Flight] = []
@@ -71,6 +74,7 @@ class Air:
         if self.refuses is not None:
             raise self.refuses
         self.flights.append(Flight(self.answer, self.error, hangs=self.hangs, num_bytes=self.num_bytes))
+        self.flights[-1].is_refused = self.is_full
         return self.flights[-1]
 
     async def next_verdict(self) -> Verdict:
@@ -141,7 +145,7 @@ def hang(air: Air) -> None:
 
 
 def fail(air: Air) -> None:
-    air.error, air.answer = Overloaded("no room", stage="sealed"), RIGHT[:2]
+    air.error, air.answer = WorkerLost("given up after 6 attempts", stage="sealed"), RIGHT[:2]
 
 
 def mangle(air: Air) -> None:
@@ -160,7 +164,7 @@ def stay(air: Air) -> None:
     ("ill", "why"),
     [
         (hang, "no answer within 0.01 s"),
-        (fail, "no room"),
+        (fail, "given up after 6 attempts"),
         (mangle, r"\[1, 2, 3, 4\] came, where \[5, 6, 7, 8\] came before"),
         (shorten, "3 tokens came instead of 4"),
         (stay, "no KV moved"),
@@ -205,9 +209,41 @@ async def test_a_pair_that_leaves_meanwhile_is_no_fault_of_the_path_either(air: 
     assert air.canary.verdict() == Verdict("", air.now)
 
 
-async def test_a_refusal_names_no_pair(air: Air) -> None:
-    air.refuses = Overloaded("every prefill worker's queue is full")
-    assert (await air.next_verdict()).trouble.startswith("no pair was found: every prefill")
+async def test_a_failure_before_there_is_a_pair_names_none(air: Air) -> None:
+    air.refuses = LocalFault("the request could not be sent")
+    assert (await air.next_verdict()).trouble == "no pair was found: the request could not be sent"
+
+
+def turn_away(air: Air) -> None:
+    air.refuses = Overloaded("every decode worker's queue is full")
+
+
+def let_wait(air: Air) -> None:
+    air.hangs = air.is_full = True
+
+
+@pytest.mark.parametrize("is_full", [turn_away, let_wait])
+async def test_workers_without_room_are_no_verdict_however_long_that_lasts(
+    air: Air, is_full: Callable[[Air], None]
+) -> None:
+    air.workers = (PAIR[0], candidate("d1", Role.DECODE, load=Load(num_running=9)))
+    is_full(air)
+    for _ in range(3):
+        assert (await air.next_verdict()).trouble == ""
+        air.now += EXCUSE_S
+    assert not air.canary.is_pending
+    air.refuses, air.hangs, air.is_full = None, True, False
+    air.now -= EXCUSE_S
+    assert (await air.next_verdict()).trouble == ""  # the other work is in its way
+    air.now += EXCUSE_S
+    assert "no answer" in (await air.next_verdict()).trouble
+
+
+async def test_workers_without_room_do_not_clear_a_path_that_was_seen_not_to_work(air: Air) -> None:
+    air.hangs = True
+    broken = await air.next_verdict()
+    air.is_full = True
+    assert (await air.next_verdict()).trouble == broken.trouble != ""
 
 
 async def test_a_pair_that_just_left_is_no_fault_of_the_path(air: Air) -> None:
@@ -225,6 +261,20 @@ async def test_other_work_excuses_a_failure_for_a_while(air: Air) -> None:
 
 
 # In the flow.
+
+
+async def test_a_canary_whose_blocks_no_decode_worker_has_room_for_says_so() -> None:
+    house = House("p1", "d1")
+    stream = await house.flow.start_canary(NewRequest(prompt=(1, 2, 3), params=SamplingParams(max_tokens=4)))
+    house.says("p1", token(stream.id, 0))
+    assert not stream.is_refused
+    for _ in range(3):
+        house.rejects("p1", stream.id, RejectReason.REFUSED, held=True)
+        house.timers.advance(2.0)
+        assert stream.is_refused
+    house.reports("d1", stream.id, Stage.ADOPTED)
+    assert not stream.is_refused
+    await stream.aclose()
 
 
 async def test_a_canary_travels_though_its_prompt_is_short_and_nobody_hears_of_it() -> None:
