@@ -242,8 +242,8 @@ class Life:
             self._recover(remedy)
 
     def worker_back(self, epoch: Epoch) -> None:
-        """Its stream broke, and the same incarnation is there again. What it said in between is lost; a decode worker
-        says its tokens again, a prefill worker does not."""
+        """Its stream broke, and the same incarnation is there again. What was said in between is lost; a decode worker
+        says its tokens again, a prefill worker nothing: neither that it holds blocks nor that it knows where to."""
         side = self.current.side_of(epoch)
         if self.is_over or self.is_waiting or side is None:
             return
@@ -254,6 +254,9 @@ class Life:
         elif self._situation().lacks_first:
             log.info("%s: what its prefill worker said may be lost; it is asked again", self.id)
             self._recover(self._situation().again)
+        elif self._situation().prefill_has_blocks:
+            log.info("%s: what its prefill worker said may be lost; its blocks are handed over once more", self.id)
+            self._recover(Remedy.REDIRECT, counts=False)
 
     def _await_verdict(self) -> None:
         self._verdict.set(self._rules.verdict_s, partial(self._late, Side.DECODE))

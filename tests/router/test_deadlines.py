@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from proto.control import Abort, Prefill, Role
+from proto.control import Abort, Prefill, RejectReason, Role
 from proto.errors import TandemError, WorkerLost
 from proto.ids import Generation
 from proto.lifecycle import Stage
@@ -211,3 +211,38 @@ async def test_a_prefill_worker_whose_stream_broke_is_asked_again_if_it_owes_the
     assert place.last_prefill()[1].generation == 2
     place.says("d1", token(stream.id, 1, last=True))
     assert len(await read_all(stream)) == 2
+
+
+async def test_blocks_of_a_prefill_worker_whose_stream_broke_are_handed_over_once_more() -> None:
+    """It may have said that a decode worker refused them, or never have heard where to send them next."""
+    place = house("p1", "d1", "d2")
+    stream = await place.start()
+    first, _ = place.last_attach()
+    place.says("p1", token(stream.id, 0))
+    place.blink("p1")
+    assert place.heard.remedies == [Remedy.REDIRECT]
+    name, attach = place.last_attach()
+    to, redirect = place.last_redirect()
+    assert (to, redirect.generation, redirect.decode.worker) == ("p1", 2, name)
+    assert (attach.generation, attach.local) == (2, False)
+    assert place.aborts_to(first) == [Abort(stream.id, Generation(1))]
+    assert len([m for m in place.sent_to("p1") if isinstance(m, Prefill)]) == 1
+    place.reports(name, stream.id, Stage.ADOPTED)
+    place.blink("p1")
+    assert place.heard.remedies == [Remedy.REDIRECT]
+    place.says(name, token(stream.id, 1, last=True))
+    assert len(await read_all(stream)) == 2
+    assert place.fleet.faults == []
+
+
+async def test_a_prefill_worker_that_let_go_while_its_stream_was_broken_is_not_blamed() -> None:
+    place = house("p1", "d1", "d2")
+    stream = await place.start()
+    place.says("p1", token(stream.id, 0))
+    place.blink("p1")
+    place.rejects("p1", stream.id, RejectReason.UNKNOWN)
+    name, attach = place.last_attach()
+    assert (attach.generation, attach.request.forced) == (3, ((0,),))
+    place.says(name, token(stream.id, 1, last=True))
+    assert len(await read_all(stream)) == 2
+    assert place.fleet.faults == []

@@ -248,7 +248,7 @@ async def test_a_worker_whose_stream_broke_is_told_what_is_still_wanted() -> Non
     house.reports("d1", second.id, Stage.ADOPTED)
     house.fleet.sent.clear()
     house.blink("p1")
-    assert house.sent_to("p1") == [Renew((first.id,), 30.0)]
+    assert house.sent_to("p1")[-1] == Renew((first.id,), 30.0)
     house.blink("d1")
     assert house.sent_to("d1")[-1] == Renew((first.id, second.id), 30.0)
     await first.aclose()
