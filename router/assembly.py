@@ -9,7 +9,7 @@ position 1 may well arrive before position 0. Knows positions; knows no workers 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from proto.errors import RemoteProtocolError
 from proto.request import FinishReason, TokenOut
@@ -58,6 +58,16 @@ class TokenAssembly:
             raise RemoteProtocolError(f"position {len(choice.tokens)} of choice {out.choice} never came: {out.request}")
         choice.held_back[out.position] = out
         return list(self._in_order(choice))
+
+    def accept_all(self, outs: Iterable[TokenOut]) -> tuple[list[TokenOut], RemoteProtocolError | None]:
+        """Takes tokens up to the first impossible one, and returns those now in order, and what is wrong with that."""
+        ready: list[TokenOut] = []
+        try:
+            for out in outs:
+                ready += self.accept(out)
+        except RemoteProtocolError as error:
+            return ready, error
+        return ready, None
 
     def stop(self, choice: int) -> bool:
         """No more of ``choice`` is wanted; whether it was still running."""

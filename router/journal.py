@@ -8,6 +8,7 @@ from proto.request import Request
 from router.assembly import TokenAssembly
 from router.attempt import Listener, RequestEnd, Try
 from router.contract import StageTimes
+from router.policy import Decision
 from router.stages import StageChange, StageClock
 from router.timers import Timers
 
@@ -33,6 +34,13 @@ class Journal:
     @property
     def times(self) -> StageTimes:
         return self._clock.times
+
+    def placed(self, current: Try, decision: Decision) -> None:
+        """``current`` is the try that ``decision`` made."""
+        self.prefill_worker = (current.prefill or decision.decode).worker
+        self.decode_worker = decision.decode.worker
+        if current.generation == 1:
+            self._listener.placed(local=decision.local)
 
     def advance(self, stage: Stage, current: Try) -> None:
         """The request is in ``stage`` now; late news changes nothing."""

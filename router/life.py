@@ -16,15 +16,7 @@ from collections.abc import Iterable
 from functools import partial
 
 from proto.control import Abort, Failed, FromRouter, Progress, Rejected, RejectReason
-from proto.errors import (
-    DeadlineExceeded,
-    LocalFault,
-    NoWorker,
-    Overloaded,
-    RemoteProtocolError,
-    TandemError,
-    WorkerLost,
-)
+from proto.errors import DeadlineExceeded, LocalFault, NoWorker, Overloaded, TandemError, WorkerLost
 from proto.ids import Epoch, Generation, RequestId
 from proto.lifecycle import NOT_BEGUN, Stage
 from proto.request import Request, TokenOut
@@ -133,20 +125,19 @@ class Life:
         if side is None:
             return
         self._note_tokens_from(side)
-        try:
-            accepted = [ready for out in tokens for ready in self.assembly.accept(out)]
-        except RemoteProtocolError as error:
-            log.error("%s: a worker broke the protocol: %s", self.id, error)
-            self._listener.refused("malformed")
-            self._dispatcher.failed_on(epoch)
-            self._recover(self._situation().again)
-            return
+        accepted, broken = self.assembly.accept_all(tokens)
         if accepted:
             self._listener.tokens_came(accepted, self._timers.time())
             self.buffer.push(accepted)
             self._expect()
+        if broken is not None:
+            log.error("%s: a worker broke the protocol: %s", self.id, broken)
+            self._listener.refused("malformed")
+            self._dispatcher.failed_on(epoch)
         if self.assembly.is_complete:
             self._end(Stage.FINISHED, None)
+        elif broken is not None:
+            self._recover(self._situation().again)
         elif len(self.buffer) > self._rules.max_buffered_tokens:
             self.buffer.clear()
             self.fail(Overloaded(f"cut off: {self._rules.max_buffered_tokens} tokens were not read in time"))
@@ -352,10 +343,7 @@ class Life:
     def _start(self, request: Request, decision: Decision, *, keeps_prefill: bool) -> None:
         """The next generation."""
         self.current = self.current.following(request, decision, keeps_prefill=keeps_prefill)
-        self.journal.prefill_worker = (self.current.prefill or decision.decode).worker
-        self.journal.decode_worker = decision.decode.worker
-        if self.current.generation == 1:
-            self._listener.placed(local=decision.local)
+        self.journal.placed(self.current, decision)
         self._advance(Stage.ROUTED)
         self._send(self.current.orders(self._rules.lease_s))
         if request.is_resumed:

@@ -177,6 +177,20 @@ async def test_a_resume_prefers_equal_numerics() -> None:
     assert f"epoch-{house.last_attach()[0]}" == same
 
 
+async def test_what_came_before_an_impossible_token_is_delivered_and_not_asked_for_again() -> None:
+    house = House("p1", "d1", "d2")
+    stream = await house.start()
+    first, _ = house.last_attach()
+    house.says("p1", token(stream.id, 0))
+    house.says(first, token(stream.id, 1), token(stream.id, 2), token(stream.id, 3, choice=7), token(stream.id, 3))
+    assert [out.position for out in await anext(stream)] == [0, 1, 2]
+    assert house.fleet.faults == [first]
+    second, attach = house.last_attach()
+    assert (attach.generation, attach.request.forced) == (2, ((0, 1, 2),))
+    house.says(second, token(stream.id, 3, last=True))
+    assert await read_all(stream) == [token(stream.id, 3, last=True)]
+
+
 async def test_prefill_lost_after_the_first_token_waits_for_decodes_word() -> None:
     house = House("p1", "d1")
     stream = await house.start()
