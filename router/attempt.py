@@ -207,6 +207,18 @@ class Try:
         if self.decode is not None and self.attach is not None:
             yield self.decode, replace(self.attach, positions=positions)
 
+    def stop(self, choices: tuple[int, ...]) -> Iterator[tuple[Candidate, FromRouter]]:
+        """The decode worker is told that no more of ``choices`` is wanted."""
+        if choices and self.decode is not None:
+            yield self.decode, Abort(self.request.id, self.generation, choices)
+
+    def lose(self, side: Side) -> None:
+        """That worker is none of its any more, and hears nothing."""
+        if side is Side.PREFILL:
+            self.prefill = None
+        else:
+            self.decode = None
+
     def workers(self) -> list[Candidate]:
         return [worker for worker in (self.prefill, self.decode) if worker is not None]
 

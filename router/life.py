@@ -15,7 +15,7 @@ import logging
 from collections.abc import Iterable
 from functools import partial
 
-from proto.control import Abort, Failed, FromRouter, Progress, Rejected, RejectReason
+from proto.control import Failed, FromRouter, Progress, Rejected, RejectReason
 from proto.errors import DeadlineExceeded, LocalFault, NoWorker, Overloaded, TandemError, WorkerLost
 from proto.ids import Epoch, Generation, RequestId
 from proto.lifecycle import NOT_BEGUN, Stage
@@ -47,7 +47,7 @@ class Life:
         timers: Timers,
     ) -> None:
         self.request = request
-        self.buffer = TokenBuffer()
+        self.buffer = TokenBuffer(rules.max_buffered_tokens, timers, self._cut_off)
         self.assembly = TokenAssembly(request.params.n)
         self.journal = Journal(request, label, listener, timers)
         self._rules = rules
@@ -116,7 +116,7 @@ class Life:
         if self.assembly.is_complete:
             self._end(Stage.FINISHED, None)
         elif self.current.local or self.current.adopted:
-            self._stop_on_decode((choice,))
+            self._send(self.current.stop((choice,)))
 
     # From workers.
 
@@ -138,9 +138,6 @@ class Life:
             self._end(Stage.FINISHED, None)
         elif broken is not None:
             self._recover(self._situation().again)
-        elif len(self.buffer) > self._rules.max_buffered_tokens:
-            self.buffer.clear()
-            self.fail(Overloaded(f"cut off: {self._rules.max_buffered_tokens} tokens were not read in time"))
 
     def progress_came(self, epoch: Epoch, news: Progress) -> None:
         side = self._admit(epoch, news.generation)
@@ -221,10 +218,7 @@ class Life:
         if self.is_waiting:
             self._lost_its_blocks()  # only a prefill worker is known to it then
             return
-        if side is Side.PREFILL:
-            self.current.prefill = None
-        else:
-            self.current.decode = None
+        self.current.lose(side)
         remedy = after_loss(side, self._situation())
         log.info("%s: lost its %s worker in stage %s: %s", self.id, side.value, self.stage.value, remedy.value)
         if remedy is Remedy.AWAIT_VERDICT:
@@ -240,7 +234,7 @@ class Life:
             return
         if side is Side.DECODE:
             self._send(self.current.attach_again(self.assembly.positions()))
-            self._stop_on_decode(self.assembly.done_choices())
+            self._send(self.current.stop(self.assembly.done_choices()))
             self._expect()
         elif self._situation().lacks_first:
             log.info("%s: what its prefill worker said may be lost; it is asked again", self.id)
@@ -347,7 +341,7 @@ class Life:
         self._advance(Stage.ROUTED)
         self._send(self.current.orders(self._rules.lease_s))
         if request.is_resumed:
-            self._stop_on_decode(self.assembly.done_choices())
+            self._send(self.current.stop(self.assembly.done_choices()))
 
     # Small steps.
 
@@ -383,15 +377,15 @@ class Life:
         self._search.moved_on()
         self._verdict.cancel()
         self._advance(Stage.ADOPTED)
-        self._stop_on_decode(self.assembly.stopped_choices())
+        self._send(self.current.stop(self.assembly.stopped_choices()))
 
     def _send(self, orders: Iterable[tuple[Candidate, FromRouter]]) -> None:
         for worker, message in orders:
             self._dispatcher.send(worker, message)
 
-    def _stop_on_decode(self, choices: tuple[int, ...]) -> None:
-        if choices and self.current.decode is not None:
-            self._dispatcher.send(self.current.decode, Abort(self.id, self.current.generation, choices))
+    def _cut_off(self) -> None:
+        self.buffer.clear()
+        self.fail(Overloaded(f"cut off: {self._rules.max_buffered_tokens} tokens were not read in time"))
 
     def _expire(self) -> None:
         timeout, stage = self._rules.request_timeout_s, self.stage.value

@@ -37,9 +37,18 @@ class Alarm:
         self._timers = timers
         self._timer: Cancellable | None = None
 
+    @property
+    def is_set(self) -> bool:
+        """Whether it will happen."""
+        return self._timer is not None
+
     def set(self, delay: float, callback: Callable[[], object]) -> None:
         self.cancel()
-        self._timer = self._timers.call_later(delay, callback)
+        self._timer = self._timers.call_later(delay, lambda: self._ring(callback))
+
+    def _ring(self, callback: Callable[[], object]) -> None:
+        self._timer = None
+        callback()
 
     def cancel(self) -> None:
         """Idempotent, also after it happened."""

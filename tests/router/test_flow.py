@@ -13,6 +13,7 @@ from proto.errors import DeadlineExceeded, InvalidRequest, LocalFault, NoWorker,
 from proto.ids import Epoch, Generation, RequestId, WorkerId
 from proto.lifecycle import Stage
 from proto.request import TokenOut
+from router.buffer import READ_S
 from router.recovery import Remedy
 from tests.support.fleet import House, read_all, token
 
@@ -184,12 +185,27 @@ async def test_a_client_that_does_not_read_is_cut_off_and_others_go_on() -> None
     slow, other = await house.start(), await house.start()
     house.says("p1", token(slow.id, 0))
     house.says("d1", *(token(slow.id, at) for at in range(1, 20)))
+    house.timers.advance(READ_S)
     house.says("p1", token(other.id, 0))
     assert await anext(other) == [token(other.id, 0)]
     with pytest.raises(Overloaded, match="not read in time"):
         await anext(slow)
     assert Abort(slow.id, Generation(1)) in house.aborts_to("d1")
     assert house.flow.num_inflight == 1
+
+
+async def test_many_tokens_at_once_cut_off_nobody_who_reads() -> None:
+    """A decode worker whose stream broke says again, in one go, what several choices have."""
+    house = House("p1", "d1", max_buffered_tokens=8)
+    stream = await house.start(n=4)
+    house.says("p1", *(token(stream.id, 0, choice=choice) for choice in range(4)))
+    for at in range(1, 31, 10):
+        house.says("d1", *(token(stream.id, at + i, choice=choice) for choice in range(4) for i in range(10)))
+        assert len(await anext(stream)) >= 40
+        house.timers.advance(READ_S)
+    house.says("d1", *(token(stream.id, 31, choice=choice, last=True) for choice in range(4)))
+    assert len(await read_all(stream)) == 4
+    assert house.timers.num_live <= 1
 
 
 async def test_a_request_has_a_deadline_that_names_its_stage() -> None:
