@@ -16,7 +16,7 @@ import random
 from typing import Protocol
 
 from proto.control import FromRouter, FromWorker, Hello, ModelCard, Welcome
-from proto.errors import TandemError
+from proto.errors import LocalFault, TandemError
 from proto.health import HealthReport
 from service.rpc import StreamClosed
 
@@ -157,7 +157,7 @@ class WorkerLink:
             return False
         probing: asyncio.Task[None] | None = None
         try:
-            await self._events.greeted(self._client, stream.welcome)
+            await self._greet(stream)
             self._came_up(stream)
             probing = asyncio.create_task(self._probe(), name="health of a worker")
             while True:
@@ -171,6 +171,18 @@ class WorkerLink:
                 probing.cancel()
             await stream.close()
         return was_up
+
+    async def _greet(self, stream: StreamLike) -> None:
+        """A bug met in what one worker shows must not cost the link to it. Raises TandemError."""
+        try:
+            await self._events.greeted(self._client, stream.welcome)
+        except TandemError:
+            raise
+        except Exception as error:
+            what = f"what it shows cannot be used: {type(error).__name__}: {error}"
+            if what != self.trouble:  # it is asked again every few seconds
+                log.exception("could not take what worker %s shows", stream.welcome.worker)
+            raise LocalFault(what) from error
 
     def _came_up(self, stream: StreamLike) -> None:
         was_broken, self._is_broken = self._is_broken, False

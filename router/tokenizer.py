@@ -164,7 +164,10 @@ def _add_missing_tokens(tokenizer: Tokenizer, config: JsonObject, special: Mappi
     """Tokens that only tokenizer_config.json declares; named ones are special even where the file does not say so."""
     known = tokenizer.get_added_tokens_decoder()
     declared = config.get("added_tokens_decoder")
-    for key, entry in sorted((declared if isinstance(declared, dict) else {}).items(), key=lambda item: int(item[0])):
+    entries = declared if isinstance(declared, dict) else {}
+    if wrong := [key for key in entries if not (key.isascii() and key.isdigit())]:
+        raise CheckpointError(f"tokenizer_config.json: added_tokens_decoder: {wrong[0][:80]!r} is no token id")
+    for key, entry in sorted(entries.items(), key=lambda item: int(item[0])):
         if int(key) not in known and isinstance(entry, dict):
             flags = {
                 name: bool(entry.get(name)) for name in ("single_word", "lstrip", "rstrip", "normalized", "special")

@@ -132,14 +132,14 @@ class Book:
     def __init__(self) -> None:
         self.known: set[str] = set()
         self.served = ""
-        self.broken = False
+        self.error: Exception | None = None
 
     def knows(self, layout: str) -> bool:
         return layout in self.known
 
     async def learn(self, card: ModelCard) -> None:
-        if self.broken:
-            raise CheckpointError("no tokenizer")
+        if self.error is not None:
+            raise self.error
         self.known.add(card.layout)
 
     def serve(self, layout: str) -> None:
@@ -358,12 +358,23 @@ async def test_someone_else_at_the_address_is_not_used(fleet: Fleet) -> None:
 
 
 async def test_a_worker_whose_card_is_unusable_says_why(fleet: Fleet) -> None:
-    fleet.book.broken = True
+    fleet.book.error = CheckpointError("no tokenizer")
     fleet.network.host(record("d1"))
     fleet.registry.records_changed([record("d1")])
     await fleet.network.hung_up.wait()
     assert fleet.registry.troubles() == ["d1: no tokenizer"]
     assert not fleet.heard
+
+
+async def test_a_bug_met_in_a_card_is_said_and_the_worker_asked_again(fleet: Fleet) -> None:
+    fleet.book.error = ValueError("a bug")
+    fleet.network.host(record("d1"))
+    fleet.registry.records_changed([record("d1")])
+    await fleet.network.hung_up.wait()
+    assert fleet.registry.troubles() == ["d1: what it shows cannot be used: ValueError: a bug"]
+    fleet.book.error = None
+    await fleet.until(lambda: ("up", "epoch-d1") in fleet.heard)
+    assert fleet.registry.troubles() == []
 
 
 async def test_what_was_sent_counts_until_the_second_report(fleet: Fleet) -> None:

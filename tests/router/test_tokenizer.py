@@ -130,9 +130,17 @@ def test_wrong_settings_are_refused(tmp_path: Path) -> None:
         ServedModel.from_card(model_card(), chat_template=str(tmp_path / "none.jinja"))
 
 
+BAD_KEY = b'{"added_tokens_decoder": {"x": {"content": "y"}}}'
+
+
 @pytest.mark.parametrize(
     ("file", "data"),
-    [("tokenizer.json", b"{}"), ("tokenizer_config.json", b"nonsense"), ("generation_config.json", b"[]")],
+    [
+        ("tokenizer.json", b"{}"),
+        ("tokenizer_config.json", b"nonsense"),
+        ("tokenizer_config.json", BAD_KEY),
+        ("generation_config.json", b"[]"),
+    ],
 )
 def test_broken_files_are_named(file: str, data: bytes) -> None:
     with pytest.raises(CheckpointError, match=file):
