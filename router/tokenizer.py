@@ -23,6 +23,7 @@ from router.values import Json, JsonObject
 
 _NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _SAMPLING_DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+_MANY_TOKENS = 4096
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
@@ -94,6 +95,11 @@ class ServedModel:
             raise InvalidRequest("The prompt is not valid Unicode text.", param="prompt") from None
 
     def decode(self, tokens: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        """Of many tokens, other threads can run meanwhile."""
+        if len(tokens) > _MANY_TOKENS:
+            # As a batch of one, for the same reason as in ``encode``; of few tokens that would only be slower.
+            (text,) = self._tokenizer.decode_batch([tokens], skip_special_tokens=skip_special_tokens)
+            return str(text)
         return str(self._tokenizer.decode(tokens, skip_special_tokens=skip_special_tokens))
 
     def detokenizer(self, prompt: Sequence[int] = (), *, skip_special_tokens: bool = True) -> IncrementalDetokenizer:

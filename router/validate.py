@@ -160,7 +160,7 @@ class Fields:
                 self._unknown(name, self._read | HINTS)
 
     def _unknown(self, name: str, known: Collection[str]) -> None:
-        near = difflib.get_close_matches(name, sorted(known), n=1)
+        near = difflib.get_close_matches(name[:_MAX_SHOWN], sorted(known), n=1)  # its time grows with the length
         hint = f" Did you mean {near[0]!r}?" if near else ""
         shown = _shorten(name)
         raise InvalidRequest(f"Unknown field {shown!r}.{hint}", param=self._path + shown)

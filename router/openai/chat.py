@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections.abc import AsyncGenerator
 
@@ -18,8 +17,6 @@ from router.openai.serving import Api, Call
 from router.sse import event
 from router.tokenizer import ServedModel
 
-_LONG_CONVERSATION = 16_384
-
 
 async def create_chat_completion(api: Api, request: Request) -> Response:
     """The endpoint. Raises TandemError and HTTPException before the response's head is sent."""
@@ -29,7 +26,7 @@ async def create_chat_completion(api: Api, request: Request) -> Response:
     body = read_chat(fields, model, api.settings)
     options = body.options
     text = await render(api, model, body.conversation)
-    ids = await serving.encode_prompt(api, model, text, options)
+    (ids,) = await serving.encode_prompts(api, model, [text], options)
     prompt = serving.truncate(ids, options, model)
     new = serving.new_request(prompt, body.params, options, model, call.label)
     reply = _Reply(api, call, model, body)
@@ -39,7 +36,7 @@ async def create_chat_completion(api: Api, request: Request) -> Response:
 
 
 async def render(api: Api, model: ServedModel, conversation: Conversation) -> str:
-    """The conversation as the prompt's text; a long one in a thread. Raises InvalidRequest."""
+    """The conversation as the prompt's text. Raises InvalidRequest."""
 
     def work() -> str:
         return model.templates.render(
@@ -53,7 +50,7 @@ async def render(api: Api, model: ServedModel, conversation: Conversation) -> st
 
     start = time.perf_counter()
     size = sum(len(str(message["content"])) for message in conversation.messages)
-    text = await asyncio.to_thread(work) if size > _LONG_CONVERSATION else work()
+    text = await serving.aside(work, size)
     api.metrics.stage("template", time.perf_counter() - start)
     return text
 

@@ -24,7 +24,7 @@ async def create_completion(api: Api, request: Request) -> Response:
     fields = await serving.read_fields(request)
     model = serving.find_model(api, fields)
     body = read_completion(fields, model, api.settings)
-    prompts = [await _encode(api, model, prompt, body) for prompt in body.prompts]
+    prompts = await _encode(api, model, body)
     requests = [serving.new_request(prompt, body.params, body.options, model, call.label) for prompt in prompts]
     reply = _Reply(api, call, model, body, requests)
     if body.echo_only:
@@ -34,11 +34,11 @@ async def create_completion(api: Api, request: Request) -> Response:
     return await serving.run_whole(api, call, model, requests, reply.whole)
 
 
-async def _encode(api: Api, model: ServedModel, prompt: str | tuple[int, ...], body: CompletionBody) -> tuple[int, ...]:
-    options = body.options
-    if isinstance(prompt, str):
-        prompt = await serving.encode_prompt(api, model, prompt, options)
-    return serving.truncate(prompt, options, model)
+async def _encode(api: Api, model: ServedModel, body: CompletionBody) -> list[tuple[int, ...]]:
+    texts = [prompt for prompt in body.prompts if isinstance(prompt, str)]
+    encoded = iter(await serving.encode_prompts(api, model, texts, body.options))
+    prompts = [next(encoded) if isinstance(prompt, str) else prompt for prompt in body.prompts]
+    return [serving.truncate(prompt, body.options, model) for prompt in prompts]
 
 
 class _Reply:

@@ -30,8 +30,8 @@ from router.validate import Fields, parse_object, room_for_output, too_long
 T = TypeVar("T")
 
 MAX_BODY_BYTES = 32 << 20
-_LONG_TEXT = 16_384
-"""Characters above which encoding a text would hold up the event loop noticeably."""
+_MUCH = 16_384
+"""Characters, or tokens, above which work on them would hold up the event loop noticeably."""
 _MOST_CHARACTERS_PER_TOKEN = 8
 """Hardly any text has more on average: a text longer than this is suspected not to fit the context."""
 _TOKENS_AT_A_CUT = 64
@@ -100,28 +100,39 @@ def find_model(api: Api, fields: Fields) -> ServedModel:
     return model
 
 
+async def aside(work: Callable[[], T], size: int) -> T:
+    """The result of ``work`` on ``size`` characters or tokens: where those are many, a thread's."""
+    return await asyncio.to_thread(work) if size > _MUCH else work()
+
+
 async def encode(api: Api, model: ServedModel, text: str, *, add_special_tokens: bool) -> tuple[int, ...]:
-    """``text`` as ids; a long one in a thread. Raises InvalidRequest."""
+    """``text`` as ids. Raises InvalidRequest."""
     start = time.perf_counter()
-    if len(text) > _LONG_TEXT:
-        ids = await asyncio.to_thread(model.encode, text, add_special_tokens=add_special_tokens)
-    else:
-        ids = model.encode(text, add_special_tokens=add_special_tokens)
+    ids = await aside(lambda: model.encode(text, add_special_tokens=add_special_tokens), len(text))
     api.metrics.stage("tokenize", time.perf_counter() - start)
     return tuple(ids)
 
 
-async def encode_prompt(api: Api, model: ServedModel, text: str, options: Options) -> tuple[int, ...]:
-    """A prompt's text as ids. Raises InvalidRequest, also for one that is far too long for the context.
+async def encode_prompts(api: Api, model: ServedModel, texts: Sequence[str], options: Options) -> list[tuple[int, ...]]:
+    """Prompts' texts as ids, all in one go. Raises InvalidRequest, also for one far too long for the context."""
+    if not texts:
+        return []
+    start = time.perf_counter()
+    prompts = await aside(
+        lambda: [_encode_prompt(model, text, options) for text in texts], sum(len(text) for text in texts)
+    )
+    api.metrics.stage("tokenize", time.perf_counter() - start)
+    return prompts
 
-    That one is told by its beginning: to encode megabytes only to refuse them would take seconds of everybody's time.
-    """
-    longest = max(_LONG_TEXT, _MOST_CHARACTERS_PER_TOKEN * model.max_model_len)
+
+def _encode_prompt(model: ServedModel, text: str, options: Options) -> tuple[int, ...]:
+    """One that is far too long is told by its beginning: to encode megabytes only to refuse them would take seconds."""
+    longest = max(_MUCH, _MOST_CHARACTERS_PER_TOKEN * model.max_model_len)
     if options.truncate_prompt is None and len(text) > longest:
-        beginning = await encode(api, model, text[:longest], add_special_tokens=options.add_special_tokens)
+        beginning = model.encode(text[:longest], add_special_tokens=options.add_special_tokens)
         if len(beginning) > model.max_model_len + _TOKENS_AT_A_CUT:
             raise too_long(len(beginning), model.max_model_len, is_all=False)
-    return await encode(api, model, text, add_special_tokens=options.add_special_tokens)
+    return tuple(model.encode(text, add_special_tokens=options.add_special_tokens))
 
 
 def truncate(prompt: tuple[int, ...], options: Options, model: ServedModel) -> tuple[int, ...]:
@@ -140,8 +151,8 @@ def new_request(
     """What the flow is asked for. Raises InvalidRequest for an empty prompt, or one too long for the context."""
     if not prompt:
         raise InvalidRequest("The prompt is empty: it has no token.", param="prompt")
-    if outside := next((token for token in prompt if token >= model.vocab_size), None):
-        raise InvalidRequest(f"Token id {outside} is outside the vocabulary of {model.vocab_size}.", param="prompt")
+    if (highest := max(prompt)) >= model.vocab_size:
+        raise InvalidRequest(f"Token id {highest} is outside the vocabulary of {model.vocab_size}.", param="prompt")
     max_tokens = room_for_output(len(prompt), options.max_tokens, options.default_max_tokens, model.max_model_len)
     if params.min_tokens > max_tokens:
         raise InvalidRequest(

@@ -9,6 +9,7 @@ from proto.errors import InvalidRequest
 from router.openai import chat, serving
 from router.openai.schema import read_conversation
 from router.openai.serving import Api
+from router.validate import check_token_ids
 
 
 async def tokenize(api: Api, request: Request) -> Response:
@@ -24,12 +25,14 @@ async def tokenize(api: Api, request: Request) -> Response:
     fields.finish()
     text = prompt or "" if conversation is None else await chat.render(api, model, conversation)
     ids = await serving.encode(api, model, text, add_special_tokens=add_special_tokens)
+    wanted = ids if wants_strings else ()
+    strings = await serving.aside(lambda: [model.token_text(token) for token in wanted], len(wanted))
     return JSONResponse(
         {
             "count": len(ids),
             "max_model_len": model.max_model_len,
             "tokens": ids,
-            "token_strs": [model.token_text(token) for token in ids] if wants_strings else None,
+            "token_strs": strings if wants_strings else None,
         }
     )
 
@@ -38,8 +41,12 @@ async def detokenize(api: Api, request: Request) -> Response:
     """Takes ``tokens``. Raises InvalidRequest, ModelNotFound, NoWorker."""
     fields = await serving.read_fields(request)
     model = serving.find_model(api, fields)
-    tokens = fields.token_ids("tokens", model.vocab_size)
+    values = fields.array("tokens")
     fields.finish()
-    if tokens is None:
+    if values is None:
         raise InvalidRequest("tokens must be an array of token ids.", param="tokens")
-    return JSONResponse({"prompt": model.decode(tokens, skip_special_tokens=False)})
+
+    def work() -> str:
+        return model.decode(check_token_ids(values, model.vocab_size, "tokens"), skip_special_tokens=False)
+
+    return JSONResponse({"prompt": await serving.aside(work, len(values))})

@@ -6,6 +6,8 @@ import asyncio
 import json
 import logging
 import re
+import threading
+from collections.abc import Sequence
 
 import pytest
 from aiohttp import ClientSession
@@ -318,6 +320,23 @@ async def test_tokenize_and_back() -> None:
         assert body["max_model_len"] == 256
         assert (await site.post("/detokenize", {"tokens": body["tokens"]}))[1] == {"prompt": "Hello 你好"}
         assert (await site.post("/tokenize", {"prompt": ""}))[1]["tokens"] == []
+
+
+@pytest.mark.parametrize(("count", "is_aside"), [(10, False), (20_000, True)])
+async def test_many_tokens_do_not_hold_up_the_event_loop(
+    count: int, is_aside: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (token,), threads = MODEL.encode("a"), set()
+    decode = MODEL.decode
+
+    def noted(tokens: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        threads.add(threading.get_ident())
+        return decode(tokens, skip_special_tokens=skip_special_tokens)
+
+    monkeypatch.setattr(MODEL, "decode", noted)
+    async with serving(flow(), MODEL) as site:
+        assert (await site.post("/detokenize", {"tokens": [token] * count}))[1] == {"prompt": "a" * count}
+    assert threads.isdisjoint({threading.get_ident()}) == is_aside
 
 
 async def test_tokenize_a_conversation_as_chat_would() -> None:

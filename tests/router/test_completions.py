@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import threading
 from collections import defaultdict
 
 import pytest
@@ -113,6 +114,26 @@ async def test_index_is_prompt_times_n_plus_choice(stream: bool) -> None:
             texts = {choice["index"]: choice["text"] for choice in choices}
     assert texts == {0: "saw a", 1: "saw a", 2: "saw bb", 3: "saw bb", 4: "saw ccc", 5: "saw ccc"}
     assert [made.num_closed for made in site.flow.streams] == [1, 1, 1]
+
+
+@pytest.mark.parametrize(("prompts", "is_aside"), [(["x" * 100] * 2, False), (["x" * 9000] * 2, True)])
+async def test_prompts_that_are_long_together_do_not_hold_up_the_event_loop(
+    prompts: list[str], is_aside: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encode, threads = MODEL.encode, set()
+
+    def noted(text: str, *, add_special_tokens: bool = True) -> list[int]:
+        if text in prompts:
+            threads.add(threading.get_ident())
+        return encode(text, add_special_tokens=add_special_tokens)
+
+    monkeypatch.setattr(MODEL, "encode", noted)
+    async with serving(flow(), MODEL) as site:
+        status, _, _ = await site.post(PATH, {"prompt": [*prompts, "b"], "truncate_prompt_tokens": 3})
+    assert status == 200
+    assert [len(new.prompt) for new in site.flow.requests] == [3, 3, 1]
+    assert len(threads) == 1
+    assert threads.isdisjoint({threading.get_ident()}) == is_aside
 
 
 async def test_if_one_prompt_cannot_start_none_goes_on() -> None:

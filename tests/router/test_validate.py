@@ -51,6 +51,13 @@ def test_padding_that_is_not_done_is_named() -> None:
 # Fields nobody knows, and fields we cannot honour.
 
 
+def test_a_name_of_any_length_is_compared_by_its_beginning(monkeypatch: pytest.MonkeyPatch) -> None:
+    compared: list[str] = []
+    monkeypatch.setattr("difflib.get_close_matches", lambda name, known, n: compared.append(name) or [])
+    assert "xxx..." in refusal(completion, **{"x" * 1_000_000: 1}).message
+    assert [len(name) for name in compared] == [80]
+
+
 def test_unknown_fields_are_named_with_their_nearest_relative() -> None:
     error = refusal(completion, temprature=1)
     assert "'temprature'" in error.message
