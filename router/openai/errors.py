@@ -16,6 +16,9 @@ from starlette.responses import Response
 
 from proto.errors import LocalFault, NotAuthorized, RemoteFault, SetupError, TandemError, Unavailable
 
+_RETRY_AFTER_S = {429: 1.0, 503: 1.0}
+"""Where whoever raised the error knows no better. A request that ran out of time would do so again: 504 has none."""
+
 logger = logging.getLogger(__name__)
 
 
@@ -73,6 +76,8 @@ def _reply_for_tandem(error: TandemError) -> ErrorReply:
     headers: dict[str, str] = {}
     if isinstance(error, NotAuthorized):
         headers["WWW-Authenticate"] = "Bearer"
-    if isinstance(error, Unavailable) and error.retry_after_s is not None:
-        headers["Retry-After"] = str(max(math.ceil(error.retry_after_s), 1))
+    if isinstance(error, Unavailable):
+        wait_s = _RETRY_AFTER_S.get(error.status) if error.retry_after_s is None else error.retry_after_s
+        if wait_s is not None:
+            headers["Retry-After"] = str(max(math.ceil(wait_s), 1))
     return error_reply(error.status, error.kind, error.message, param=error.param, stage=error.stage, headers=headers)

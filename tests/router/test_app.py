@@ -149,7 +149,8 @@ async def test_methods_nobody_knows_make_no_series() -> None:
     [
         (Overloaded("full", retry_after_s=1.2), 429, "RateLimitError", "2"),
         (NoWorker("none", retry_after_s=0), 503, "ServiceUnavailableError", "1"),
-        (WorkerLost("gone", stage="prefilling"), 503, "ServiceUnavailableError", None),
+        (NoWorker("none"), 503, "ServiceUnavailableError", "1"),
+        (WorkerLost("gone", stage="prefilling"), 503, "ServiceUnavailableError", "1"),
         (DeadlineExceeded("late"), 504, "TimeoutError", None),
         (NotSupported("no"), 501, "NotImplementedError", None),
     ],
