@@ -82,7 +82,7 @@ def _overview() -> str:
     )
 
 
-def _settings(
+def read_settings(
     scope: Scope, name: str, about: str, argv: Sequence[str], environ: Mapping[str, str] = os.environ
 ) -> Resolved | None:
     """The command's settings; None where they were only to be printed. Raises SettingsError."""
@@ -98,7 +98,7 @@ def _settings(
 
 def _serve(argv: Sequence[str]) -> int:
     about = "Runs all tiers on this machine: a private Redis (unless --redis), the router, and the workers."
-    resolved = _settings(SERVE, "serve", about, argv)
+    resolved = read_settings(SERVE, "serve", about, argv)
     if resolved is None:
         return 0
     from service import logs
@@ -122,7 +122,7 @@ def _serve(argv: Sequence[str]) -> int:
 
 
 def _router(argv: Sequence[str]) -> int:
-    resolved = _settings(ROUTER, "router", "Runs the router: HTTP in front, the workers behind.", argv)
+    resolved = read_settings(ROUTER, "router", "Runs the router: HTTP in front, the workers behind.", argv)
     if resolved is None:
         return 0
     ledger = _meeting_place(resolved)
@@ -139,7 +139,7 @@ def _router(argv: Sequence[str]) -> int:
 
 
 def _prefill(argv: Sequence[str]) -> int:
-    resolved = _settings(WORKER, "prefill", "Runs one prefill worker: it computes prompts.", argv)
+    resolved = read_settings(WORKER, "prefill", "Runs one prefill worker: it computes prompts.", argv)
     if resolved is None:
         return 0
     ledger = _meeting_place(resolved)
@@ -155,7 +155,7 @@ def _prefill(argv: Sequence[str]) -> int:
 
 
 def _decode(argv: Sequence[str]) -> int:
-    resolved = _settings(WORKER, "decode", "Runs one decode worker: it generates from computed prompts.", argv)
+    resolved = read_settings(WORKER, "decode", "Runs one decode worker: it generates from computed prompts.", argv)
     if resolved is None:
         return 0
     ledger = _meeting_place(resolved)

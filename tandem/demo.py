@@ -17,10 +17,11 @@ from router.values import JsonObject
 from service import logs
 from service.process import run_service
 from tandem.builtin_model import NOTICE, with_some_model
+from tandem.cli import read_settings
 from tandem.client import Chunk, Client
 from tandem.local import LocalStack, Ready, StackSettings, print_line
 from tandem.machine import this_machine
-from tandem.options import SERVE, build_parser, resolve
+from tandem.options import SERVE
 
 CODE_WORD = "Krolina"
 QUESTION = """\
@@ -143,8 +144,9 @@ def _names(workers: object) -> str:
 
 def main(argv: Sequence[str] = (), environ: Mapping[str, str] = os.environ) -> int:
     """Takes the flags of ``tandem serve``; returns the exit status. Raises SettingsError."""
-    given = build_parser(SERVE, "tandem demo", "Starts everything, asks one question, then serves on.").read(argv)
-    resolved = resolve(SERVE, given, environ)
+    resolved = read_settings(SERVE, "demo", "Starts everything, asks one question, then serves on.", argv, environ)
+    if resolved is None:
+        return 0
     wanted = resolved.engine()
     if wanted.model.model is None:
         print(NOTICE, file=sys.stderr)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import pytest
+import yaml
+
 from proto.settings import RouterSettings
 from tandem.client import Chunk
-from tandem.demo import CODE_WORD, QUESTION, account
+from tandem.demo import CODE_WORD, QUESTION, account, main
 
 
 def test_stages_are_listed_in_the_order_they_happen() -> None:
@@ -35,3 +38,13 @@ def test_the_question_is_long_enough_to_be_handed_over() -> None:
     words = len(QUESTION.split())
     assert CODE_WORD in QUESTION
     assert words > 2 * RouterSettings().disagg_threshold, "even where every word is one token"
+
+
+def test_print_config_starts_nothing_and_warnings_are_said(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tandem.demo.run_service", lambda *_, **__: pytest.fail("the stack was started"))
+    assert main(["--swap-space", "4", "--port", "9", "--print-config"], {}) == 0
+    out, err = capsys.readouterr()
+    assert err.startswith("tandem: warning: --swap-space is not needed")
+    assert yaml.safe_load(out)["router"]["port"] == 9
