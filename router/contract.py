@@ -30,7 +30,8 @@ class NewRequest:
     ``prompt`` is not empty, and every id is within the vocabulary. ``params`` is checked; ``max_tokens`` is a number
     and fits the context beside the prompt; ``seed`` may be None: the flow draws one. ``label`` is the client's
     X-Request-ID or ours: for logs and traces only, never an identity. ``layout`` is the KV layout of the model whose
-    tokens these are (empty: of the one served when it starts): workers of another one never see them.
+    tokens these are (empty: of the one served when it starts): workers of another one never see them. ``spent_s`` is
+    what of its time it took to receive and read it.
     """
 
     prompt: tuple[int, ...]
@@ -39,6 +40,7 @@ class NewRequest:
     priority: int = 0
     label: str = ""
     layout: str = ""
+    spent_s: float = 0.0
 
 
 class RequestStreamLike(Protocol):

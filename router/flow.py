@@ -183,7 +183,7 @@ class Flow:
             hashes = self._fleet.hasher(layout).full_blocks(request.prompt, request.cache_salt)
             self._prompts[request.id] = _Prompt(layout, hashes)
             self._lives[request.id] = life
-            life.begin()
+            life.begin(new.spent_s)
         except BaseException:
             if life.stage is Stage.RECEIVED:
                 self._forget(request.id)

@@ -86,8 +86,9 @@ class Life:
 
     # From the flow: the start, and the ends it can bring about.
 
-    def begin(self) -> None:
+    def begin(self, spent_s: float = 0.0) -> None:
         """Places the request and tells its workers; where the last of them left a moment ago, waits for another.
+        ``spent_s`` of its time is over already.
 
         Raises NoWorker or Overloaded, and then nothing has happened.
         """
@@ -100,7 +101,7 @@ class Life:
             self._search.wait(error, self.stage)
         else:
             self._start(self.request, decision, keeps_prefill=False)
-        self._deadline.set(self._rules.request_timeout_s, self._expire)
+        self._deadline.set(self._rules.request_timeout_s - spent_s, self._expire)
 
     def close(self) -> None:
         """The client is gone, or done. Idempotent."""

@@ -21,14 +21,15 @@ from router.tokenizer import ServedModel
 async def create_chat_completion(api: Api, request: Request) -> Response:
     """The endpoint. Raises TandemError and HTTPException before the response's head is sent."""
     call = Call.of(request)
-    fields = await serving.read_fields(request)
-    model = serving.find_model(api, fields)
-    body = read_chat(fields, model, api.settings)
-    options = body.options
-    text = await render(api, model, body.conversation)
-    (ids,) = await serving.encode_prompts(api, model, [text], options)
+    async with serving.receiving(api):
+        fields = await serving.read_fields(request)
+        model = serving.find_model(api, fields)
+        body = read_chat(fields, model, api.settings)
+        options = body.options
+        text = await render(api, model, body.conversation)
+        (ids,) = await serving.encode_prompts(api, model, [text], options)
     prompt = serving.truncate(ids, options, model)
-    new = serving.new_request(prompt, body.params, options, model, call.label)
+    new = serving.new_request(prompt, body.params, options, model, call)
     reply = _Reply(api, call, model, body)
     if options.stream:
         return await serving.run_stream(api, call, model, [new], options, reply.frames)

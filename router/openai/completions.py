@@ -21,11 +21,12 @@ from router.tokenizer import ServedModel
 async def create_completion(api: Api, request: Request) -> Response:
     """The endpoint. Raises TandemError and HTTPException before the response's head is sent."""
     call = Call.of(request)
-    fields = await serving.read_fields(request)
-    model = serving.find_model(api, fields)
-    body = read_completion(fields, model, api.settings)
-    prompts = await _encode(api, model, body)
-    requests = [serving.new_request(prompt, body.params, body.options, model, call.label) for prompt in prompts]
+    async with serving.receiving(api):
+        fields = await serving.read_fields(request)
+        model = serving.find_model(api, fields)
+        body = read_completion(fields, model, api.settings)
+        prompts = await _encode(api, model, body)
+    requests = [serving.new_request(prompt, body.params, body.options, model, call) for prompt in prompts]
     reply = _Reply(api, call, model, body, requests)
     if body.echo_only:
         return await reply.echo()

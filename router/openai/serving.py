@@ -8,7 +8,8 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import time
-from collections.abc import AsyncGenerator, Callable, Coroutine, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -55,22 +56,42 @@ class Api:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Call:
-    """One HTTP request that generates: who asked, under which label, and since when (monotonic)."""
+    """One HTTP request that generates: who asked, under which label, and since when (``arrived``: monotonic)."""
 
     request: Request
     label: str
     created: int
+    arrived: float
     wants_timings: bool
 
     @classmethod
     def of(cls, request: Request) -> Call:
         wants_timings = request.headers.get("x-tandem-timings") == "1"
-        return cls(request=request, label=label_of(request), created=int(time.time()), wants_timings=wants_timings)
+        return cls(
+            request=request,
+            label=label_of(request),
+            created=int(time.time()),
+            arrived=time.monotonic(),
+            wants_timings=wants_timings,
+        )
 
 
 def label_of(request: Request) -> str:
     """The request's X-Request-ID, or the one it was given."""
     return str(request.state.label)
+
+
+@asynccontextmanager
+async def receiving(api: Api) -> AsyncIterator[None]:
+    """RECEIVED, whose limit is the request's own: a body that does not come, or takes for ever to become tokens, is
+    given up. Raises HTTPException 408."""
+    try:
+        async with asyncio.timeout(api.settings.request_timeout):
+            yield
+    except TimeoutError:
+        message = f"The request was not received and read within {api.settings.request_timeout:g} s."
+        # Who has not sent all of one request cannot send another on this connection.
+        raise HTTPException(408, message, {"connection": "close"}) from None
 
 
 async def read_fields(request: Request) -> Fields:
@@ -146,7 +167,7 @@ def truncate(prompt: tuple[int, ...], options: Options, model: ServedModel) -> t
 
 
 def new_request(
-    prompt: tuple[int, ...], params: SamplingParams, options: Options, model: ServedModel, label: str
+    prompt: tuple[int, ...], params: SamplingParams, options: Options, model: ServedModel, call: Call
 ) -> NewRequest:
     """What the flow is asked for. Raises InvalidRequest for an empty prompt, or one too long for the context."""
     if not prompt:
@@ -163,8 +184,9 @@ def new_request(
         params=dataclasses.replace(params, max_tokens=max_tokens),
         cache_salt=options.cache_salt,
         priority=options.priority,
-        label=label,
+        label=call.label,
         layout=model.card.layout,
+        spent_s=time.monotonic() - call.arrived,
     )
 
 

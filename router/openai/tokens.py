@@ -14,7 +14,8 @@ from router.validate import check_token_ids
 
 async def tokenize(api: Api, request: Request) -> Response:
     """Takes ``prompt`` or ``messages``. Raises InvalidRequest, ModelNotFound, NoWorker."""
-    fields = await serving.read_fields(request)
+    async with serving.receiving(api):
+        fields = await serving.read_fields(request)
     model = serving.find_model(api, fields)
     prompt = fields.text("prompt")
     if (prompt is None) == (fields.raw("messages") is None):
@@ -39,7 +40,8 @@ async def tokenize(api: Api, request: Request) -> Response:
 
 async def detokenize(api: Api, request: Request) -> Response:
     """Takes ``tokens``. Raises InvalidRequest, ModelNotFound, NoWorker."""
-    fields = await serving.read_fields(request)
+    async with serving.receiving(api):
+        fields = await serving.read_fields(request)
     model = serving.find_model(api, fields)
     values = fields.array("tokens")
     fields.finish()

@@ -245,6 +245,22 @@ async def test_bodies_that_are_no_json(path: str) -> None:
             assert reply.status == 200
 
 
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions", "/tokenize", "/detokenize"])
+async def test_a_body_that_does_not_come_is_given_up(path: str) -> None:
+    async with serving(flow(), MODEL, RouterSettings(request_timeout=0.2)) as site:
+        host, _, port = site.base_url.removeprefix("http://").partition(":")
+        reader, writer = await asyncio.open_connection(host, int(port))
+        head = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 100\r\n\r\n"
+        writer.write(head.encode() + b'{"prompt": ')
+        async with asyncio.timeout(30):
+            reply = (await reader.read()).decode()  # to the connection's end
+        writer.close()
+        await writer.wait_closed()
+    assert reply.startswith("HTTP/1.1 408 ")
+    assert "not received and read within 0.2 s" in reply
+    assert (path, "POST", 408) in site.metrics.requests
+
+
 async def test_a_body_too_large(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(openai_serving, "MAX_BODY_BYTES", 1000)
 

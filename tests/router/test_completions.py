@@ -263,6 +263,7 @@ async def test_salt_and_priority_reach_the_flow() -> None:
         await site.post(PATH, {"prompt": "x", "cache_salt": "s", "priority": -3})
     assert (site.flow.requests[0].cache_salt, site.flow.requests[0].priority) == ("s", -3)
     assert site.flow.requests[0].layout == MODEL.card.layout
+    assert site.flow.requests[0].spent_s > 0
 
 
 # Where text stops.

@@ -12,8 +12,9 @@ from proto.control import Abort, Attach, Failed, FromRouter, Prefill, RejectReas
 from proto.errors import DeadlineExceeded, InvalidRequest, LocalFault, NoWorker, Overloaded, Unavailable
 from proto.ids import Epoch, Generation, RequestId, WorkerId
 from proto.lifecycle import Stage
-from proto.request import TokenOut
+from proto.request import SamplingParams, TokenOut
 from router.buffer import READ_S
+from router.contract import NewRequest
 from router.recovery import Remedy
 from tests.support.fleet import House, read_all, token
 
@@ -219,6 +220,15 @@ async def test_a_request_has_a_deadline_that_names_its_stage() -> None:
     assert house.aborts_to("p1")
     assert house.aborts_to("d1")
     assert house.flow.num_inflight == 0
+
+
+async def test_the_deadline_counts_from_the_first_byte() -> None:
+    house = House("p1", "d1", request_timeout_s=5.0)
+    params = SamplingParams(max_tokens=4)
+    stream = await house.flow.start(NewRequest(prompt=(1, 2, 3), params=params, spent_s=3.0))
+    house.timers.advance(2.0)
+    with pytest.raises(DeadlineExceeded, match="not finished within 5 s"):
+        await anext(stream)
 
 
 async def test_what_was_read_before_an_error_is_delivered_first() -> None:
