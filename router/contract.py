@@ -12,6 +12,7 @@ from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
+from proto.errors import TandemError
 from proto.ids import RequestId, WorkerId
 from proto.lifecycle import Stage
 from proto.request import SamplingParams, TokenOut
@@ -78,6 +79,12 @@ class RequestStreamLike(Protocol):
 
     def stop_choice(self, choice: int) -> None:
         """No more of this choice is wanted (a stop string matched). Its later tokens are dropped. Idempotent."""
+
+    def fail(self, error: TandemError) -> None:
+        """Ends the request because of ``error``, which another part of the same answer met: no client left. Idempotent.
+
+        ``aclose`` is called all the same.
+        """
 
     async def aclose(self) -> None:
         """Ends the request: whatever is unfinished is aborted and freed on every worker. Idempotent."""

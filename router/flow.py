@@ -110,6 +110,9 @@ class RequestStream:
     def stop_choice(self, choice: int) -> None:
         self._life.stop_choice(choice)
 
+    def fail(self, error: TandemError) -> None:
+        self._life.fail(error)
+
     async def aclose(self) -> None:
         self._life.close()
 

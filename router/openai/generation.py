@@ -134,8 +134,11 @@ class Generation:
             for new in requests:
                 stream = await flow.start(new)
                 answers.append(Answer(stream, model, new, len(answers) * new.params.n))
-        except BaseException:
-            await cls(answers).aclose()
+        except BaseException as error:
+            started = cls(answers)
+            if isinstance(error, Exception):
+                started.fail(error)
+            await started.aclose()
             raise
         return cls(answers)
 
@@ -187,7 +190,11 @@ class Generation:
     async def next(self) -> list[Delta]:
         """What has come, at least one delta; empty once every choice is finished. Raises TandemError."""
         while not all(answer.is_finished for answer in self._answers):
-            batch = await (self._answers[0].next() if len(self._answers) == 1 else self._next_of_many())
+            try:
+                batch = await (self._answers[0].next() if len(self._answers) == 1 else self._next_of_many())
+            except Exception as error:
+                self.fail(error)
+                raise
             if batch:
                 if self.first_token_s is None:
                     self.first_token_s = self.total_s
@@ -215,6 +222,12 @@ class Generation:
         for task in done:
             del self._waiting[task]
         return [delta for task in done for delta in task.result()]
+
+    def fail(self, error: Exception) -> None:
+        """One prompt has met ``error``, and so have they all: they are one answer."""
+        reason = error if isinstance(error, TandemError) else LocalFault("another prompt of this answer failed")
+        for answer in self._answers:
+            answer.stream.fail(reason)
 
     async def aclose(self) -> None:
         """Aborts whatever is unfinished. Idempotent."""

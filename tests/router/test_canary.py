@@ -45,6 +45,9 @@ class Flight(AsyncIterator[list[TokenOut]]):
     def stop_choice(self, choice: int) -> None:
         raise AssertionError("a canary is not stopped")
 
+    def fail(self, error: TandemError) -> None:
+        raise AssertionError("a canary is alone")
+
     async def aclose(self) -> None:
         self.num_closed += 1
 

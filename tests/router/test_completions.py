@@ -144,9 +144,10 @@ async def test_if_one_prompt_cannot_start_none_goes_on() -> None:
         status, _, _ = await site.post(PATH, {"prompt": [[5], [6], [7, 8]]})
     assert status == 500
     assert [made.num_closed for made in site.flow.streams] == [1, 1]
+    assert [len(made.failures) for made in site.flow.streams] == [1, 1]
 
 
-async def test_if_one_prompt_fails_the_others_are_aborted() -> None:
+async def test_if_one_prompt_fails_so_do_the_others() -> None:
     def script(new: NewRequest) -> list:
         return [asyncio.Event()] if new.prompt == (5,) else [tokens_of(MODEL, "a"), RuntimeError("x")]
 
@@ -154,6 +155,7 @@ async def test_if_one_prompt_fails_the_others_are_aborted() -> None:
         status, _, _ = await site.post(PATH, {"prompt": [[5], [6]]})
     assert status == 500
     assert [made.num_closed for made in site.flow.streams] == [1, 1]
+    assert [len(made.failures) for made in site.flow.streams] == [1, 1]
 
 
 async def test_prompts_as_token_ids_go_through_untouched() -> None:

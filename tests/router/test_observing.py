@@ -5,17 +5,21 @@ from __future__ import annotations
 import pytest
 
 from kvtransfer.ledger.records import HandoffRecord
-from proto.control import RejectReason
-from proto.errors import NoWorker
-from proto.ids import RequestId
+from proto.control import Failed, RejectReason
+from proto.errors import LocalFault, NoWorker
+from proto.ids import Epoch, RequestId
+from proto.ids import Generation as Try
 from proto.lifecycle import Stage
-from proto.request import FinishReason
+from proto.request import FinishReason, SamplingParams
 from router.attempt import Rules
+from router.contract import NewRequest
 from router.flow import Flow
 from router.observing import RouterListener, RouterPage, summary_of
+from router.openai.generation import Generation
 from router.policy import Weights
 from service.metrics import RouterMetrics
 from tests.support.fleet import House, token
+from tests.support.http import served_model
 
 
 class Ledger:
@@ -89,6 +93,22 @@ async def test_the_ledger_sees_every_try() -> None:
     await stream.aclose()
     assert house.value("tandem_client_disconnects_total") == 1
     assert house.value("tandem_requests_total", finish="abort") == 1
+
+
+async def test_prompts_that_fail_together_are_failures_and_no_disconnects() -> None:
+    house = Watched("p1", "d1")
+    model = served_model()
+    requests = [NewRequest(prompt=(at, 7), params=SamplingParams(max_tokens=9)) for at in (5, 6)]
+    generation = await Generation.start(house.flow, model, requests)
+    first = house.last_attach()[1].request.id
+    house.flow.message_came(Epoch("epoch-p1"), Failed(first, Try(1), 500, "x", "broken"))
+    with pytest.raises(LocalFault, match="broken"):
+        await generation.collect()
+    await generation.aclose()
+    assert not house.value("tandem_client_disconnects_total")
+    assert house.value("tandem_requests_total", finish="error") == 2
+    assert not house.value("tandem_requests_total", finish="abort")
+    assert house.aborts_to("p1")
 
 
 async def test_requests_that_never_began_are_counted_by_reason() -> None:

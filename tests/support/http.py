@@ -15,6 +15,7 @@ from aiohttp import ClientSession
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
 from proto.control import ModelCard
+from proto.errors import TandemError
 from proto.ids import RequestId, WorkerId
 from proto.lifecycle import Stage
 from proto.request import FinishReason, TokenLogprobs, TokenOut
@@ -112,6 +113,7 @@ class ScriptedStream:
         self.decode_worker = WorkerId("decode-0")
         self.timings: StageTimes = {Stage.QUEUED: 0.001, Stage.PREFILLING: 0.02}
         self.stopped: list[int] = []
+        self.failures: list[TandemError] = []
         self.num_closed = 0
         self.closed = asyncio.Event()
         self.waiting = asyncio.Event()
@@ -133,6 +135,9 @@ class ScriptedStream:
 
     def stop_choice(self, choice: int) -> None:
         self.stopped.append(choice)
+
+    def fail(self, error: TandemError) -> None:
+        self.failures.append(error)
 
     async def aclose(self) -> None:
         self.num_closed += 1
