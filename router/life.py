@@ -25,7 +25,6 @@ from router.attempt import Dispatcher, Listener, Rules, Try
 from router.buffer import TokenBuffer
 from router.deadlines import Watch
 from router.journal import Journal
-from router.patience import LONGEST_PAUSE_S
 from router.policy import Candidate, Decision, Tried
 from router.recovery import Remedy, Side, Situation, after_loss, after_rejection, error_of, is_nobodys_fault
 from router.search import Search
@@ -174,10 +173,7 @@ class Life:
             if not news.held:
                 self._lost_its_blocks()
             return
-        if news.reason is RejectReason.FULL:
-            self._dispatcher.mark_full(epoch, news.retry_after_s or LONGEST_PAUSE_S)
-        elif news.reason is RejectReason.DRAINING:
-            self._dispatcher.mark_draining(epoch)
+        self._search.was_rejected(epoch, news)
         remedy = after_rejection(side, news.reason, news.held, self._situation())
         log.info("%s: %s says %s (%s): %s", self.id, epoch, news.reason.value, news.message, remedy.value)
         if remedy is Remedy.REDIRECT and news.reason is RejectReason.REFUSED:

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
+from proto.control import Rejected, RejectReason
 from proto.errors import NoWorker, Overloaded, WorkerLost
 from proto.ids import Epoch
 from proto.lifecycle import Stage
 from proto.request import Request
 from router.attempt import Dispatcher, Rules
-from router.patience import Patience
+from router.patience import LONGEST_PAUSE_S, Patience
 from router.policy import Decision, Tried, Way
 from router.recovery import Remedy
 from router.timers import Alarm, Timers
@@ -37,6 +38,13 @@ class Search:
         self._hint_s: float | None = None
 
     # What the request has met with.
+
+    def was_rejected(self, epoch: Epoch, news: Rejected) -> None:
+        """What that worker says of itself holds for every request."""
+        if news.reason is RejectReason.FULL:
+            self._dispatcher.mark_full(epoch, news.retry_after_s or LONGEST_PAUSE_S)
+        elif news.reason is RejectReason.DRAINING:
+            self._dispatcher.mark_draining(epoch)
 
     def avoid(self, epochs: Iterable[Epoch]) -> None:
         """They failed it, or take nothing at present."""
