@@ -69,8 +69,8 @@ async def _strike(row: Row, request: Request, question: Question, outcome: Outco
         assert answer.error is not None
         scene.notes.append("its connections end; everything it held is freed")
     else:
-        assert answer.error is None
-        assert answer.tokens == question.expected
+        assert answer.error is None, answer.error
+        assert answer.tokens == question.expected, f"not the tokens that were expected: {answer.tokens}"
         outcome.pause_s = answer.pause_after(moment)
         remedies = await arena.recoveries() - request.recoveries
         steps = ", ".join(f"{remedy} × {count}" for remedy, count in remedies.items())

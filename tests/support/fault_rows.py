@@ -179,13 +179,15 @@ Some faults at length. *Out of memory*: from then on the system gives that worke
 that any step, message or thread of it may fail. What the out-of-memory killer does is "killed". *Redis out of memory*:
 it refuses every write, as at its `maxmemory`. *Disk full*: no process can write to a file: no log is written, and
 Redis, which was told to save and cannot, refuses every write. *Redis cut*, *silent*: so is everybody's way to it. All
-four last until Redis knows no worker any more, and a second request is answered meanwhile. *Slow*: each piece of up to
-16 KB comes 20 ms late, to and from Redis 400 ms. A D that is *stopped* wakes up when other prompts have taken the place
-of the blocks that it still meant to copy (`shm`). A *router stopped* sleeps until the workers have given it up and have
+four last until Redis knows no worker any more, and a second request is answered meanwhile. A whole minute without Redis
+is a test of its own (`tests/faults/test_long_absence.py`, run by `make faults`, too). *Slow*: each piece of up to 16 KB
+comes 20 ms late, to and from Redis 400 ms. A D that is *stopped* wakes up when other prompts have taken the place of
+the blocks that it still meant to copy (`shm`). A *router stopped* sleeps until the workers have given it up and have
 let go of everything; only then it wakes up, and the bound begins. A router out of memory is not a row: an answer that
 it cannot send for want of memory ends, as at its death.
 
-Beside the rows: an engine that hangs in a step (`tests/faults/test_hanging_step.py`).
+Beside the rows: bfloat16 with `--batch-invariant`, and an answer that ends at a stop string, over the death of P and of
+D (`tests/faults/test_invariant_answers.py`); an engine that hangs in a step (`tests/faults/test_hanging_step.py`).
 
 The outcome names the router's steps; at *queued*, those for the other prompts, too. The pause is the client's longest
 wait for a token from the fault on.
