@@ -136,6 +136,16 @@ class DeviceBlocks:
         """What is queued inside, by another library, runs beside the engine's steps."""
         return self._lane.enter()
 
+    def landing(self, num_bytes: int) -> Tensor:
+        """Memory, uint8, that is transfers' own: nothing that is queued on the device uses it. Raises DeviceLost.
+
+        A stream's freed memory goes round within that stream, while work that is queued there may still use it. So this
+        is the lane's, not that of the steps, and what the lane had queued before is done: also a network card, which
+        waits for no stream, may write it.
+        """
+        with self._lane.finish():
+            return torch.empty(num_bytes, dtype=torch.uint8, device=self.memory.device)
+
     def copy_in(self, source: Tensor, rows: Sequence[int], blocks: Sequence[int]) -> None:
         """Rows of ``source [rows, block_bytes]``, which this device can read, into ``blocks``. Raises DeviceLost."""
         with self._lane.finish():

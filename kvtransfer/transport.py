@@ -81,3 +81,6 @@ class DeviceBlocks(Protocol):
 
     def beside_steps(self) -> AbstractContextManager[None]:
         """What another library queues inside runs beside the engine's steps."""
+
+    def landing(self, num_bytes: int) -> Tensor:
+        """Memory on the device, uint8, that nothing which is queued there uses: to be written at once, from outside."""

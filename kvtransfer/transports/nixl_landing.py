@@ -128,17 +128,18 @@ class Connection:
         self._over = threading.Event()
 
     def begin(self) -> None:
-        """Raises NixlBroken, also where the nonce is not the one that was offered; and RuntimeError without memory."""
+        """Raises NixlBroken, also where the nonce is not the one that was offered; RuntimeError without memory;
+        DeviceLost."""
         with self._in_use:
             size = max(self.slots * self._block_bytes, MAX_NONCE_BYTES)
-            near = torch.device("cpu") if self._device is None else self._device.memory.device
-            memory = torch.empty(size, dtype=torch.uint8, device=near)
+            device = self._device
+            memory = torch.empty(size, dtype=torch.uint8) if device is None else device.landing(size)
             self._agent.register(region_of(memory))
             self._memory = memory
             self._peer = self._agent.meet(self._offer.metadata)
             length = len(self._offer.nonce)
             self._read([(self._offer.num_bytes - length, length)])
-            with nullcontext() if self._device is None else self._device.beside_steps():
+            with nullcontext() if device is None else device.beside_steps():
                 nonce = memory[:length].cpu().numpy().tobytes()
             if nonce != self._offer.nonce:
                 raise NixlBroken("it is another process than the one that made the offer")

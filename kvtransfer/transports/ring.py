@@ -19,7 +19,6 @@ from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Protocol, TypeVar, cast
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
@@ -93,14 +92,17 @@ def num_slots(block_bytes: int) -> int:
 
 
 class Ring:
-    """One end, of ``slots`` blocks per message at both. One call at a time; ``abort`` at any time, and twice."""
+    """One end, of ``slots`` blocks per message at both. One call at a time; ``abort`` at any time, and twice.
+
+    Making one raises DeviceLost, and RuntimeError where there is no memory for it.
+    """
 
     def __init__(self, group: Group, peer: int, device: DeviceBlocks, slots: int, block_bytes: int) -> None:
         self._group = group
         self._peer = peer
         self._device = device
         self._slots = slots
-        self._halves = torch.empty((2, slots, block_bytes), dtype=torch.uint8, device=device.memory.device)
+        self._halves = device.landing(2 * slots * block_bytes).view(2, slots, block_bytes)
         self._is_over = threading.Event()
 
     @property
@@ -135,8 +137,8 @@ class Ring:
         self._finish(self._start(self._group.send, memory))
 
     def receive_bytes(self, num_bytes: int) -> bytes:
-        """Raises RingBroken."""
-        message = torch.empty(num_bytes, dtype=torch.uint8, device=self._halves.device)
+        """Raises RingBroken, DeviceLost."""
+        message = self._device.landing(num_bytes)
         self._finish(self._start(self._group.recv, message))
         with self._device.beside_steps():
             return message.cpu().numpy().tobytes()

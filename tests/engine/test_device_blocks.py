@@ -73,12 +73,19 @@ def test_every_call_is_done_when_it_returns(blocks: DeviceBlocks, lane: Lane) ->
     assert lane.told[-1] == "enter", "what is queued there is waited for by whoever queued it"
 
 
+def test_landing_memory_is_the_lanes_and_free_of_what_was_queued(blocks: DeviceBlocks, lane: Lane) -> None:
+    memory = blocks.landing(3 * BLOCK_BYTES)
+    assert (memory.dtype, memory.shape, memory.device) == (torch.uint8, (3 * BLOCK_BYTES,), blocks.memory.device)
+    assert lane.told == ["enter", "finish"]
+
+
 def test_a_device_that_answers_no_more_is_lost_by_name(blocks: DeviceBlocks, lane: Lane) -> None:
     lane.lose_device()
     for work in (
         lambda: blocks.copy_in(torch.zeros(1, BLOCK_BYTES, dtype=torch.uint8), [0], [0]),
         lambda: blocks.copy_out([0], torch.zeros(1, BLOCK_BYTES, dtype=torch.uint8)),
         lambda: blocks.totals([0], device_key(BLOCK_BYTES, blocks.memory.device)),
+        lambda: blocks.landing(BLOCK_BYTES),
         lambda: blocks.read(0),
         lambda: blocks.write(0, bytes(BLOCK_BYTES)),
     ):

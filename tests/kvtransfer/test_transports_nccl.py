@@ -14,6 +14,7 @@ from pathlib import Path
 import grpc.aio
 import msgpack
 import pytest
+from torch import Tensor
 
 from kvtransfer import fences
 from kvtransfer.fences import FenceTable
@@ -134,6 +135,18 @@ async def test_hand_offs_of_one_pair_share_its_communicator(
     assert reader.num_pairs == 1, "kept for the next"
 
 
+def test_what_messages_land_in_is_no_memory_of_the_steps(ours: DeviceStore) -> None:
+    """Taken beside the steps, and nothing that was queued before still uses it."""
+    group = _Silent()
+    end = ring.Ring(group, ring.P_RANK, ours.blocks, 4, BLOCK_BYTES)
+    assert ours.lane.told == ["enter", "finish"]
+    end.send([BlockId(0)])
+    ours.lane.told.clear()
+    end.receive_bytes(16)
+    assert ours.lane.told == ["enter", "finish", "enter", "enter", "enter"]
+    assert [each.numel() for each in group.messages] == [BLOCK_BYTES, 16]
+
+
 async def test_places_where_no_block_lies_are_not_asked_for(
     prefill: Prefill, reader: NcclReader, ours: DeviceStore
 ) -> None:
@@ -202,6 +215,22 @@ class Deaf:
         if self.is_deaf:
             return _Never()
         return self._group.send(tensors, peer, tag)  # type: ignore[arg-type]
+
+
+class _Silent:
+    """A group whose messages are gone at once. ``messages``: where they lay."""
+
+    def __init__(self) -> None:
+        self.messages: list[Tensor] = []
+
+    def send(self, tensors: list[Tensor], peer: int, tag: int) -> ring.Work:
+        self.messages += tensors
+        return _Never()
+
+    recv = send
+
+    def abort(self) -> None:
+        pass
 
 
 class _Never:

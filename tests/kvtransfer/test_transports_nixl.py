@@ -105,6 +105,7 @@ async def test_what_arrives_for_a_device_is_copied_there(agent: FakeAgent) -> No
     theirs.fill(OFFER)
     reader = NixlReader(agent)
     source = await opened(reader, offered(theirs), ours)
+    assert ours.lane.told == ["enter", "finish", "enter"], "where READs land no step has work; then the nonce is read"
     ours.lane.told.clear()
     assert await source.place(PLACES[:3], ALL[1:], ours) == [True] * 3
     assert ours.lane.told == ["enter", "finish"], "one launch for all, waited for once"
