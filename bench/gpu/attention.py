@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +11,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import scaled_dot_product_attention
 
+from bench.gpu import flashinfer_peer
 from bench.gpu.figures import Entry, Figure, Goal, Missing
 from bench.gpu.lab import Lab, Work, relative_error
 from bench.gpu.sizes import BLOCK_SIZE, Chunks
@@ -55,9 +54,10 @@ class Paged:
 def measure_decode(lab: Lab) -> Iterator[Entry]:
     sizes = lab.sizes
     rows = [(1, sizes.decode_context - 1)] * sizes.decode_rows
+    measured = []
     for dtype, name in (("bfloat16", "bf16 KV"), (FP8, "fp8 KV")):
         case = f"{name}, {sizes.decode_rows} rows of {sizes.decode_context}"
-        paged = _make(lab, rows, dtype)
+        paged = make_paged(lab, rows, dtype)
         works = _works(lab, paged, has_fp8_kv=dtype == FP8)
         yield _error(lab, f"{case}: error", paged, works[0])
         ours = lab.clock.seconds(works)
@@ -71,25 +71,20 @@ def measure_decode(lab: Lab) -> Iterator[Entry]:
             Goal(0.85),
         )
         if dtype != FP8:
-            yield from _against_others(lab, case, paged, ours)
+            yield _against_torch(lab, f"{case}: torch's time over ours", paged, ours)
+        measured.append((case, paged, ours))
+    # The last: what it breaks on the device, nothing else here needs.
+    for case, paged, ours in measured:
+        yield from flashinfer_peer.measure(lab, f"{case}: FlashInfer's time over ours", paged, ours)
 
 
-def _against_others(lab: Lab, case: str, paged: Paged, ours: float) -> Iterator[Entry]:
-    yield _against_flashinfer(lab, f"{case}: FlashInfer's time over ours", paged, ours)
-    case = f"{case}: torch's time over ours"
+def _against_torch(lab: Lab, case: str, paged: Paged, ours: float) -> Entry:
     dense = [paged.dense(layer) for layer in range(lab.sizes.kv_layers)]
-    query = paged.query[:, :, None]
-    names = []
-    for backend in _BACKENDS:
-        for is_grouped in (True, False):
-            seconds = _time_sdpa(lab, backend, query, dense, is_grouped=is_grouped)
-            if seconds is not None:
-                names.append((seconds, f"{backend.name.lower()}{'' if is_grouped else ', heads repeated'}"))
-    if not names:
-        yield Missing(case, "torch has none for this", is_fault=True)
-        return
-    best, name = min(names)
-    yield Figure(case, best * 1e6, f"µs ({name})", best / ours, "our time", Goal(1.0))
+    found = _sdpa_times(lab, _BACKENDS, paged.query[:, :, None], dense)
+    if not found:
+        return Missing(case, "torch has none for this", is_fault=True)
+    best, name = min(found)
+    return Figure(case, best * 1e6, f"µs ({name})", best / ours, "our time", Goal(1.0))
 
 
 def measure_chunks(lab: Lab) -> Iterator[Entry]:
@@ -99,7 +94,7 @@ def measure_chunks(lab: Lab) -> Iterator[Entry]:
 
 def _chunks(lab: Lab, chunks: Chunks) -> Iterator[Entry]:
     rows = [(chunks.new, chunks.cached)] * chunks.num_rows
-    paged = _make(lab, rows, "bfloat16")
+    paged = make_paged(lab, rows, "bfloat16")
     works = _works(lab, paged)
     yield _error(lab, f"{chunks.name}: error", paged, works[0])
     ours = lab.clock.seconds(works)
@@ -117,11 +112,7 @@ def _chunks(lab: Lab, chunks: Chunks) -> Iterator[Entry]:
     dense = [paged.dense(layer) for layer in range(lab.sizes.kv_layers)]
     length = chunks.new + chunks.cached
     dense = [(keys[:, :, :length].contiguous(), values[:, :, :length].contiguous()) for keys, values in dense]
-    found = [
-        (seconds, backend.name.lower())
-        for backend in _BACKENDS[:3]
-        if (seconds := _time_sdpa(lab, backend, query, dense, is_grouped=False, cached=chunks.cached)) is not None
-    ]
+    found = _sdpa_times(lab, _BACKENDS[:3], query, dense, cached=chunks.cached)
     if not found:
         yield Missing(f"{chunks.name}: against torch", "no fast attention of torch's takes this", is_fault=True)
         return
@@ -130,7 +121,8 @@ def _chunks(lab: Lab, chunks: Chunks) -> Iterator[Entry]:
     yield Figure(chunks.name, ours * 1e6, "µs", best / ours, of, Goal(0.7))
 
 
-def _make(lab: Lab, rows: list[tuple[int, int]], dtype: str) -> Paged:
+def make_paged(lab: Lab, rows: list[tuple[int, int]], dtype: str) -> Paged:
+    """The same numbers each time."""
     shape = lab.sizes.attention
     generator = torch.Generator(lab.device).manual_seed(7)
     widths = [-(-(new + cached) // BLOCK_SIZE) for new, cached in rows]
@@ -175,6 +167,24 @@ def _error(lab: Lab, case: str, paged: Paged, work: Work) -> Entry:
     return Figure(case, error, "", error, "the reference in float32", _ERROR)
 
 
+def _sdpa_times(
+    lab: Lab,
+    backends: Sequence[SDPBackend],
+    query: Tensor,
+    dense: list[tuple[Tensor, Tensor]],
+    *,
+    cached: int | None = None,
+) -> list[tuple[float, str]]:
+    """Of each way that torch has for this, with heads that share keys and with keys repeated for them; its name."""
+    found = []
+    for backend in backends:
+        for is_grouped in (True, False):
+            seconds = _time_sdpa(lab, backend, query, dense, is_grouped=is_grouped, cached=cached)
+            if seconds is not None:
+                found.append((seconds, f"{backend.name.lower()}{'' if is_grouped else ', heads repeated'}"))
+    return found
+
+
 def _time_sdpa(
     lab: Lab,
     backend: SDPBackend,
@@ -182,7 +192,7 @@ def _time_sdpa(
     dense: list[tuple[Tensor, Tensor]],
     *,
     is_grouped: bool,
-    cached: int | None = None,
+    cached: int | None,
 ) -> float | None:
     """None where this backend does not take it. ``cached``: of causal chunks; None: every query sees all."""
     group = query.shape[1] // dense[0][0].shape[1]
@@ -204,43 +214,6 @@ def _time_sdpa(
     except RuntimeError:
         lab.finish()
         return None
-
-
-def _against_flashinfer(lab: Lab, case: str, paged: Paged, ours: float) -> Entry:
-    if importlib.util.find_spec("flashinfer") is None:
-        return Missing(case, "flashinfer is not installed")
-    if not lab.is_gpu:
-        return Missing(case, "it needs a GPU")
-    flashinfer = importlib.import_module("flashinfer")
-    num_rows, width = len(paged.tables), len(paged.tables[0])
-    _, heads, head_dim = paged.query.shape
-
-    def numbers(values: list[int]) -> Tensor:
-        return torch.tensor(values, dtype=torch.int32, device=lab.device)
-
-    workspace = torch.empty(256 << 20, dtype=torch.uint8, device=lab.device)
-    wrapper = flashinfer.BatchDecodeWithPagedKVCacheWrapper(workspace, "NHD")
-    try:
-        wrapper.plan(
-            numbers([row * width for row in range(num_rows + 1)]),
-            numbers([block for table in paged.tables for block in table]),
-            numbers([(lab.sizes.decode_context - 1) % BLOCK_SIZE + 1] * num_rows),
-            heads,
-            paged.kv.data.shape[4],
-            head_dim,
-            BLOCK_SIZE,
-            q_data_type=torch.bfloat16,
-            kv_data_type=torch.bfloat16,
-        )
-
-        def of(layer: int) -> Work:
-            caches = (paged.kv.data[:, layer, 0], paged.kv.data[:, layer, 1])
-            return lambda: wrapper.run(paged.query, caches)
-
-        theirs = lab.clock.seconds([of(layer) for layer in range(lab.sizes.kv_layers)])
-    except (RuntimeError, ValueError, OSError) as error:
-        return Missing(case, f"flashinfer: {error}")
-    return Figure(case, theirs * 1e6, "µs", theirs / ours, "our time", Goal(1.0))
 
 
 def _bytes_per_token(lab: Lab, dtype: str) -> int:

@@ -3,19 +3,29 @@
 from __future__ import annotations
 
 import json
+import sys
+import time
 import weakref
+from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
+from subprocess import CalledProcessError
+from types import SimpleNamespace
 
 import pytest
 import torch
+from torch import Tensor
 
 from bench import command
+from bench.gpu import attention, flashinfer_peer
+from bench.gpu.attention import make_paged
 from bench.gpu.command import SECTIONS
 from bench.gpu.engines import opened, settings
 from bench.gpu.figures import Figure, Goal, Missing, Section, table, to_json
-from bench.gpu.lab import open_lab
-from bench.gpu.sizes import TOY
+from bench.gpu.lab import Lab, open_lab
+from bench.gpu.sizes import TOY, Chunks
 from proto.errors import SettingsError
+from proto.layout import FP8
 
 pytest.importorskip("triton")
 
@@ -90,3 +100,105 @@ def test_goals_are_judged_and_shown() -> None:
     ]
     [shown] = to_json({"device": "d"}, sections)["sections"]  # type: ignore[misc, union-attr]
     assert [entry.get("holds") for entry in shown["entries"]] == [True, False, None, None]  # type: ignore[call-overload, index, union-attr]
+
+
+@pytest.mark.parametrize("cached", [0, 4])
+def test_torch_may_share_heads_or_repeat_them(cached: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[bool, int]] = []
+
+    def attend(query: Tensor, keys: Tensor, values: Tensor, *, enable_gqa: bool, **options: object) -> Tensor:
+        asked.append((enable_gqa, keys.shape[1]))
+        time.sleep(0.0 if enable_gqa else 0.005)
+        return query
+
+    monkeypatch.setattr(attention, "scaled_dot_product_attention", attend)
+    lab = open_lab(torch.device("cpu"), replace(TOY, chunks=(Chunks("few", 1, 4, cached),)), tmp_path)
+    *_, last = attention.measure_chunks(lab)
+    assert isinstance(last, Figure)
+    assert set(asked) == {(True, TOY.attention.kv_heads), (False, TOY.attention.heads)}
+    assert "heads repeated" not in last.of
+
+
+class TestFlashInfer:
+    """Made up: it compiles what it runs, so it may fail in any manner, and ours is judged by the faster of its ways."""
+
+    @pytest.fixture
+    def lab(self, tmp_path: Path) -> Lab:
+        return open_lab(torch.device("cpu"), TOY, tmp_path)
+
+    @pytest.mark.parametrize(("dtype", "stored"), [("bfloat16", torch.bfloat16), (FP8, torch.float8_e4m3fn)])
+    def test_the_faster_way_counts(
+        self, lab: Lab, dtype: str, stored: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        planned: list[FakeDecode] = []
+        monkeypatch.setitem(sys.modules, "flashinfer", fake_flashinfer(planned))
+        paged = make_paged(lab, [(1, TOY.decode_context - 1)] * 3, dtype)
+        [figure] = flashinfer_peer.compare(lab, "FlashInfer", paged, 1.0)
+        assert isinstance(figure, Figure)
+        assert figure.unit == "µs (without tensor cores)"
+        assert [each.use_tensor_cores for each in planned] == [True, False]
+        for each in planned:
+            starts, blocks, lasts = (numbers.tolist() for numbers in each.numbers)
+            assert tuple(tuple(blocks[a:b]) for a, b in pairwise(starts)) == paged.tables
+            assert lasts == [16] * 3, "all of the last block's tokens"
+            assert each.types == (torch.bfloat16, stored)
+            assert each.caches[0].shape == (9, 16, TOY.attention.kv_heads, TOY.attention.head_dim)
+            assert each.caches[0].dtype == stored
+
+    @pytest.mark.parametrize("fault", [AssertionError("sm_90a"), TypeError("plan()"), CalledProcessError(1, "ninja")])
+    def test_whatever_fails_in_it_is_said(self, lab: Lab, fault: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setitem(sys.modules, "flashinfer", fake_flashinfer([], fault))
+        paged = make_paged(lab, [(1, TOY.decode_context - 1)], "bfloat16")
+        with_cores, without = flashinfer_peer.compare(lab, "FlashInfer", paged, 1.0)
+        assert isinstance(with_cores, Missing)
+        assert (with_cores.case, with_cores.why) == (
+            "FlashInfer, with tensor cores",
+            f"{type(fault).__name__}: {fault}",
+        )
+        assert isinstance(without, Figure), "the other way is measured all the same"
+        monkeypatch.setitem(sys.modules, "flashinfer", None)
+        missing = list(flashinfer_peer.compare(lab, "FlashInfer", paged, 1.0))
+        assert [isinstance(each, Missing) and each.why.split(":")[0] for each in missing] == ["ModuleNotFoundError"] * 2
+
+
+def fake_flashinfer(made: list[FakeDecode], fault: Exception | None = None) -> SimpleNamespace:
+    """``fault`` is met with tensor cores."""
+
+    def decode(workspace: Tensor, order: str, *, use_tensor_cores: bool) -> FakeDecode:
+        assert (workspace.dtype, order) == (torch.uint8, "NHD")
+        made.append(FakeDecode(use_tensor_cores, fault if use_tensor_cores else None))
+        return made[-1]
+
+    return SimpleNamespace(BatchDecodeWithPagedKVCacheWrapper=decode)
+
+
+class FakeDecode:
+    """Takes longer with tensor cores."""
+
+    def __init__(self, use_tensor_cores: bool, fault: Exception | None) -> None:
+        self.use_tensor_cores = use_tensor_cores
+        self._fault = fault
+
+    def plan(
+        self,
+        starts: Tensor,
+        blocks: Tensor,
+        lasts: Tensor,
+        heads: int,
+        kv_heads: int,
+        head_dim: int,
+        block_size: int,
+        *,
+        q_data_type: torch.dtype,
+        kv_data_type: torch.dtype,
+    ) -> None:
+        shape = TOY.attention
+        assert (heads, kv_heads, head_dim, block_size) == (shape.heads, shape.kv_heads, shape.head_dim, 16)
+        self.numbers = (starts, blocks, lasts)
+        self.types = (q_data_type, kv_data_type)
+
+    def run(self, query: Tensor, caches: tuple[Tensor, Tensor]) -> None:
+        if self._fault is not None:
+            raise self._fault
+        self.caches = caches
+        time.sleep(0.02 if self.use_tensor_cores else 0.0)
