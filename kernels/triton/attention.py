@@ -23,6 +23,8 @@ _DECODE_WAVES = 8
 """Programs per processor that splitting aims at: many short ones end together, and each still reads whole tiles."""
 _CHUNK_WAVES = 1
 """Less for chunks: a tall tile keeps a processor busy by itself, and what its splits found is much to merge."""
+_ALIGNMENT = 4
+"""float32 numbers: Triton makes another program for memory that does not begin at a multiple of 16 bytes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,12 +176,9 @@ class _Partial:
         """Empty where one program sees all keys."""
         tokens, heads, head_dim = query.shape
         shape = (tokens if splits > 1 else 0, heads, splits)
-        numbers = torch.empty((*shape, head_dim + 2), dtype=torch.float32, device=query.device)
         count = prod(shape)
-        flat = numbers.view(-1)
-        return cls(
-            flat[: count * head_dim], flat[count * head_dim : count * (head_dim + 1)], flat[count * (head_dim + 1) :]
-        )
+        sizes = [size + -size % _ALIGNMENT for size in (count * head_dim, count, count)]
+        return cls(*torch.empty(sum(sizes), dtype=torch.float32, device=query.device).split_with_sizes(sizes))
 
 
 def num_splits(room: int, context: int, tile_keys: int, window: int | None) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ import triton
 import triton.language as tl
 
 from kernels.triton import sampling, sampling_kernels
+from tests.support.launches import Launches
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -84,6 +86,15 @@ def test_cuts_are_exact(vocab_size: int) -> None:
             expected = max(expected, float(x[-1]))
         assert found[row] == pytest.approx(expected, rel=1e-6)
         assert torch.equal(scaled[row] >= found[row], scaled[row] >= expected - 1e-6)
+
+
+def test_one_program_cuts_for_any_number_of_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    cut = Launches()
+    monkeypatch.setattr(sampling, "sampling_kernels", SimpleNamespace(cut=cut))
+    for rows in range(1, 10):
+        sampling._thresholds(torch.zeros(rows, 8), torch.ones(rows), make_rules(rows, top_k=[2.0] * rows))
+    assert len(cut.tensors) == 9
+    assert cut.are_aligned
 
 
 def test_nothing_left_is_token_0_and_equals_are_the_first() -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,8 +18,10 @@ from kernels.types import AttentionSpec, ChunkSpan, PagedKv, Ragged
 
 pytest.importorskip("triton")
 
+from kernels.triton import attention
 from kernels.triton.attention import TritonAttention, num_splits
 from kernels.triton.runtime import find_target
+from tests.support.launches import Launches
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 TARGET = find_target(DEVICE)
@@ -151,6 +154,17 @@ def test_invariant_attention_has_the_same_bits_alone_in_a_batch_and_in_chunks(dt
             place = int(world.batch().query_starts[row]) + first
             found = attention.attend(world.query[place : place + count], world.kv, LAYER, alone, spec)
             assert torch.equal(found, whole[place : place + count]), (row, first, count)
+
+
+def test_one_program_attends_and_one_merges_for_any_number_of_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+    attend, merge = Launches(), Launches()
+    monkeypatch.setattr(attention, "attention_kernels", SimpleNamespace(attend=attend, merge=merge))
+    for rows in (1, 2, 3, 5):
+        world = World([(200, 1)] * rows, 1, 3, 20, 16)
+        TritonAttention(TARGET).attend(world.query, world.kv, LAYER, world.batch(), AttentionSpec(1.0))
+    assert len(attend.tensors) == len(merge.tensors) == 4, "each was split"
+    assert merge.are_aligned
+    assert Launches([launch[-3:] for launch in attend.tensors]).are_aligned
 
 
 def test_nothing_beyond_a_sequence_is_read() -> None:
