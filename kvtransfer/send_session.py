@@ -20,7 +20,7 @@ from kvtransfer.states import SendState
 from kvtransfer.sums import block_sums
 from kvtransfer.tasks import off_loop, stop, to_the_end, wait_until
 from kvtransfer.transport import BlockStore, Link, LinkLost
-from kvtransfer.transports import PayloadWriter, writer
+from kvtransfer.transports import Payload, PayloadWriter, writer
 from proto.control import Peer
 from proto.errors import LocalProtocolError, RemoteProtocolError
 from proto.handoff import Fence, Frame, HandoffMessage, Offer, SealedChoice
@@ -64,7 +64,7 @@ class SendSession:
         self._events = events
         self._clock = clock
         self._sender = Sender(offer, self.refusals, clock(), rto_s=rto_s)
-        self._sums = _Sums(store, offer)
+        self._blocks = _Blocks(store, offer)
         self._wake = asyncio.Event()
         self._lines: dict[asyncio.Task[None], _Line] = {}
         self._notices: deque[Notice] = deque()
@@ -91,18 +91,18 @@ class SendSession:
         """The next blocks are computed; they are sent at once where there is room for them."""
         if self._sender.is_released:
             return
-        if first_index != len(self._sums):
-            raise LocalProtocolError(f"block {first_index} became ready after block {len(self._sums) - 1}")
-        self._sums.add(blocks)
-        self._sender.blocks_ready(len(self._sums), self._clock())
+        if first_index != len(self._blocks):
+            raise LocalProtocolError(f"block {first_index} became ready after block {len(self._blocks) - 1}")
+        self._blocks.add(blocks)
+        self._sender.blocks_ready(len(self._blocks), self._clock())
         self._changed()
 
     def seal(self, num_blocks: int, num_tokens_last: int, choices: Sequence[SealedChoice]) -> None:
         """Every block is ready, the last one's tail is zero, and the first token of every choice is known."""
         if self._sender.is_released:
             return
-        if num_blocks != len(self._sums):
-            raise LocalProtocolError(f"sealed {num_blocks} blocks of {len(self._sums)}")
+        if num_blocks != len(self._blocks):
+            raise LocalProtocolError(f"sealed {num_blocks} blocks of {len(self._blocks)}")
         self._sender.seal(num_tokens_last, tuple(choices), self._clock())
         self._changed()
 
@@ -172,7 +172,7 @@ class SendSession:
                 case Delivered():
                     self._events.adopted(self.num_bytes - self._bytes_before, self._clock() - self._granted_at)
                 case Released():
-                    await self._sums.finish()
+                    await self._blocks.finish()
                     self._events.released()
 
     async def _hang_up(self) -> None:
@@ -254,15 +254,26 @@ class SendSession:
             return
 
     async def _frame(self, line: _Line, block: SendBlock) -> HandoffMessage | None:
-        """None where the try ended while the checksum was computed."""
-        checksum = await self._sums.of(block.index)
+        """None where the try ended while the checksum was computed, or the block was read."""
+        checksum = await self._blocks.sum(block.index)
         transport = self._sender.transport
         if line.outbox.is_closed or transport is None:
             return None
-        if line.payloads is None:
-            line.payloads = writer(transport, self._store)
+        if line.writer is None:
+            line.writer = writer(transport, self._store)
+        payload = await self._payload(line, line.writer, block.index)
+        if line.outbox.is_closed or payload is None:
+            return None
         self.num_bytes += self._store.layout.block_bytes
-        return Frame(line.outbox.fence, block.index, checksum, line.payloads.payload(self._sums.block(block.index)))
+        return Frame(line.outbox.fence, block.index, checksum, payload)
+
+    async def _payload(self, line: _Line, writer: PayloadWriter, index: int) -> Payload | None:
+        """With those that come right behind it, where the writer takes several at once. None after the release."""
+        if index not in line.ahead:
+            most = max(1, writer.batch_bytes // self._store.layout.block_bytes)
+            indices = [index, *(block.index for block in line.outbox.upcoming(most - 1))]
+            line.ahead = await self._blocks.payloads(writer, indices)
+        return line.ahead.pop(index, None)
 
 
 class _Line:
@@ -272,14 +283,16 @@ class _Line:
         self.outbox = outbox
         self.peer = peer
         self.ready = asyncio.Event()
-        self.payloads: PayloadWriter | None = None
+        self.writer: PayloadWriter | None = None
+        self.ahead: dict[int, Payload] = {}
+        """Of the blocks that come next."""
 
 
-class _Sums:
-    """The blocks that are ready, and their checksums.
+class _Blocks:
+    """The blocks that are ready, their checksums, and what frames carry for them.
 
-    Each is computed once, while the block is surely ours: a block that is sent again late must not be vouched for with
-    bytes that have come after it.
+    Each checksum is computed once, while the block is surely ours: a block that is sent again late must not be vouched
+    for with bytes that have come after it.
     """
 
     def __init__(self, store: BlockStore, offer: Offer) -> None:
@@ -288,7 +301,7 @@ class _Sums:
         self._summer = block_sums(store)
         self._blocks: list[BlockId] = []
         self._sums: dict[int, int] = {}
-        self._computing = asyncio.Lock()
+        self._in_use = asyncio.Lock()
         self._is_finished = False
 
     def __len__(self) -> int:
@@ -297,22 +310,26 @@ class _Sums:
     def add(self, blocks: Sequence[BlockId]) -> None:
         self._blocks.extend(blocks)
 
-    def block(self, index: int) -> BlockId:
-        return self._blocks[index]
-
-    async def of(self, index: int) -> int:
+    async def sum(self, index: int) -> int:
         """The checksum of a block; those after it are computed with it, a batch at a time."""
-        async with self._computing:
+        async with self._in_use:
             if index not in self._sums and not self._is_finished:
                 end = min(len(self._blocks), index + max(1, self._summer.batch_bytes // self._block_bytes))
                 wanted = [each for each in range(index, end) if each not in self._sums]
                 self._sums |= await off_loop(lambda: self._compute(wanted), len(wanted) * self._block_bytes)
             return self._sums.get(index, 0)
 
+    async def payloads(self, writer: PayloadWriter, indices: Sequence[int]) -> dict[int, Payload]:
+        """Of each block; of none once nothing may read them."""
+        async with self._in_use:
+            if self._is_finished:
+                return {}
+            return dict(zip(indices, await writer.payloads([self._blocks[index] for index in indices]), strict=True))
+
     async def finish(self) -> None:
         """Returns when nothing reads the blocks, and nothing ever will."""
         self._is_finished = True
-        async with self._computing:
+        async with self._in_use:
             return
 
     def _compute(self, indices: Sequence[int]) -> dict[int, int]:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass, replace
+from itertools import islice
 
 from kvtransfer.fences import Refusals, Refused, why_refused
 from kvtransfer.states import SEND, Ours, SendState, Theirs, after
@@ -95,6 +96,15 @@ class Outbox:
             return None
         self.last_taken = now
         return self._items.popleft()
+
+    def upcoming(self, most: int) -> list[SendBlock]:
+        """The blocks that come next, before anything else, ``most`` of them at most. They stay where they are."""
+        blocks: list[SendBlock] = []
+        for item in islice(self._items, most):
+            if not isinstance(item, SendBlock):
+                break
+            blocks.append(item)
+        return blocks
 
     def put(self, item: Control | SendBlock) -> None:
         self._items.append(item)

@@ -67,9 +67,14 @@ class PayloadReader(Protocol):
 
 
 class PayloadWriter(Protocol):
-    """P's side: what a frame carries for a block."""
+    """P's side: what frames carry."""
 
-    def payload(self, block: BlockId) -> Payload: ...
+    @property
+    def batch_bytes(self) -> int:
+        """How much is best asked for in one call; one block at least."""
+
+    async def payloads(self, blocks: Sequence[BlockId]) -> list[Payload]:
+        """For each block. Cancelled, it ends once nothing is read any more. Raises DeviceLost."""
 
 
 class InlineReader:
@@ -136,27 +141,48 @@ def located_block(payload: Payload, block_bytes: int, num_blocks: int) -> int:
 
 
 class InlineWriter:
-    """The block itself; on CPU a view without a copy."""
+    """The block itself, in memory that ``read`` shows without a copy."""
+
+    batch_bytes = 0
 
     def __init__(self, store: BlockStore) -> None:
         self._store = store
 
-    def payload(self, block: BlockId) -> Payload:
-        return self._store.read(block)
+    async def payloads(self, blocks: Sequence[BlockId]) -> list[Payload]:
+        return [self._store.read(block) for block in blocks]
+
+
+class CopiedWriter:
+    """The block itself, which ``read`` first waits for and copies: not on the event loop, and several at a time."""
+
+    batch_bytes = HOST_BATCH_BYTES
+
+    def __init__(self, store: BlockStore) -> None:
+        self._store = store
+
+    async def payloads(self, blocks: Sequence[BlockId]) -> list[Payload]:
+        def read_all() -> list[Payload]:
+            return [self._store.read(block) for block in blocks]
+
+        return await off_loop(read_all, len(blocks) * self._store.layout.block_bytes)
 
 
 class LocatedWriter:
     """The block's place in P's memory."""
 
+    batch_bytes = 0
+
     def __init__(self, store: BlockStore) -> None:
         self._block_bytes = store.layout.block_bytes
 
-    def payload(self, block: BlockId) -> Payload:
-        return Located(block * self._block_bytes)
+    async def payloads(self, blocks: Sequence[BlockId]) -> list[Payload]:
+        return [Located(block * self._block_bytes) for block in blocks]
 
 
 def writer(name: str, store: BlockStore) -> PayloadWriter:
-    return LocatedWriter(store) if name in READ_BY_D else InlineWriter(store)
+    if name in READ_BY_D:
+        return LocatedWriter(store)
+    return InlineWriter(store) if store.on_device() is None else CopiedWriter(store)
 
 
 async def choose(offer: Offer, readers: Sequence[PayloadReader], store: BlockStore) -> tuple[str, PayloadSource] | None:

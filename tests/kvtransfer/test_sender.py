@@ -64,6 +64,16 @@ def sealed(num_present: int = 0, **options: float | Refusals | None) -> Sender:
 
 
 class TestSending:
+    def test_what_comes_next_is_seen_without_being_taken(self) -> None:
+        sender = streaming()
+        sender.blocks_ready(4, 0.0)
+        sender.seal(4, CHOICES, 0.0)
+        assert [block.index for block in sender.outbox.upcoming(9)] == [0, 1, 2, 3], "up to the seal"
+        assert [block.index for block in sender.outbox.upcoming(2)] == [0, 1]
+        assert sender.outbox.upcoming(0) == []
+        assert sent(sender.outbox) == [0, 1, 2, 3, make_seal(OFFER)]
+        assert sender.outbox.upcoming(9) == []
+
     def test_blocks_go_as_they_become_ready_and_the_seal_behind_them(self) -> None:
         sender = streaming()
         sender.blocks_ready(2, 0.0)

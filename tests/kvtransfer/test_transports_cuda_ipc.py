@@ -236,7 +236,7 @@ async def test_a_block_that_changed_under_the_reader_is_noticed_on_the_device(
     running = asyncio.create_task(session.run())
     await ear.until("granted")
     session.blocks_ready(0, blocks[:1])
-    await session._sums.of(0)
+    await session._blocks.sum(0)
     theirs.write(blocks[0], bytes(BLOCK_BYTES))
     await decode.tier.is_over.wait()
     assert decode.tier.freed_with == [(0, "corrupt")]

@@ -46,7 +46,8 @@ async def test_a_source_shows_the_peers_blocks(store: SharedStore) -> None:
     source = await reader.open(shm_offer(store.export()).detail, P, store)
     assert source is not None
     store.write(BlockId(2), content(make_offer(1).hashes[0], BLOCK_BYTES))
-    view = source.fetch(LocatedWriter(store).payload(BlockId(2)))
+    [place] = await LocatedWriter(store).payloads([BlockId(2)])
+    view = source.fetch(place)
     assert view == store.read(BlockId(2))
     assert view.readonly
     view.release()
@@ -174,7 +175,7 @@ async def test_a_block_that_changed_under_the_reader_is_noticed(store: SharedSto
     running = asyncio.create_task(session.run())
     session.blocks_ready(0, blocks[:1])
     await ear.until("granted")
-    await session._sums.of(0)
+    await session._blocks.sum(0)
     store.write(blocks[0], bytes(BLOCK_BYTES))
     await ear.until("held")
     session.withdraw("nobody else")
