@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from bench.gpu import beside
 from bench.gpu.children import environment
 from bench.gpu.figures import Entry, Figure, Goal
 from bench.gpu.lab import Lab
@@ -64,6 +65,7 @@ def measure(lab: Lab) -> Iterator[Entry]:
             f"{case}: control, the sender's checksums among it", control * 1e3, "ms", control / whole, "the whole"
         )
     yield Figure(f"{case}: from grant to adoption, {whole * 1e3:,.4g} ms", size / whole / 1e9, "GB/s")
+    yield from beside.measure(lab)
 
 
 class _Spans:

@@ -45,6 +45,10 @@ def test_a_section_runs_and_what_is_exact_holds(name: str, tmp_path: Path, capsy
     assert not any(entry.get("is_fault") for entry in section["entries"])
     shown = capsys.readouterr().out
     assert all(f"| {entry['case']} |" in shown for entry in section["entries"])
+    if name == "handoff":
+        beside = measured[-1]
+        assert beside["case"].startswith("a decode step of 2 while hand-offs bring")
+        assert beside["ratio"] > 0
     if name in ("decode", "chunks", "bits", "exact"):
         assert any(entry["goal"] is not None for entry in measured), "exactness is judged without a GPU too"
 

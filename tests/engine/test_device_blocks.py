@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+
 import pytest
 import torch
 
-from engine.device_blocks import REFERENCE, DeviceBlocks, choose, naming_its_loss
+from engine.device_blocks import REFERENCE, CudaLane, DeviceBlocks, choose, naming_its_loss
 from kvtransfer.integrity import BlockChecksum, finalise
 from kvtransfer.transports.device import device_key
 from proto.errors import DeviceLost
@@ -77,6 +80,88 @@ def test_landing_memory_is_the_lanes_and_free_of_what_was_queued(blocks: DeviceB
     memory = blocks.landing(3 * BLOCK_BYTES)
     assert (memory.dtype, memory.shape, memory.device) == (torch.uint8, (3 * BLOCK_BYTES,), blocks.memory.device)
     assert lane.told == ["enter", "finish"]
+
+
+class FakeCuda:
+    """``torch.cuda`` as ``CudaLane`` uses it. ``told``: what is queued, on which stream."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.told: list[str] = []
+        self.steps, self.current = FakeStream("steps", self), FakeStream("steps", self)
+        self.num_events = 0
+        for name, stands_in in (
+            ("Stream", lambda device: FakeStream("lane", self)),
+            ("Event", lambda blocking=False: FakeEvent(self)),
+            ("current_stream", lambda device: self.current),
+            ("default_stream", lambda device: self.steps),
+            ("device", lambda device: nullcontext()),
+            ("stream", self._stream),
+        ):
+            monkeypatch.setattr(torch.cuda, name, stands_in)
+
+    @contextmanager
+    def _stream(self, stream: FakeStream) -> Iterator[None]:
+        before, self.current = self.current, stream
+        yield
+        self.current = before
+
+
+class FakeStream:
+    def __init__(self, name: str, cuda: FakeCuda) -> None:
+        self.name = name
+        self._cuda = cuda
+
+    def wait_event(self, event: FakeEvent) -> None:
+        self._cuda.told.append(f"{self.name} waits for event {event.number}")
+
+    def wait_stream(self, stream: FakeStream) -> None:
+        self._cuda.told.append(f"{self.name} waits for all of {stream.name}")
+
+
+class FakeEvent:
+    def __init__(self, cuda: FakeCuda) -> None:
+        cuda.num_events += 1
+        self.number = cuda.num_events
+        self._cuda = cuda
+
+    def record(self, stream: FakeStream | None = None) -> None:
+        self._cuda.told.append(f"event {self.number} on {(stream or self._cuda.current).name}")
+
+    def synchronize(self) -> None:
+        self._cuda.told.append(f"the thread waits for event {self.number}")
+
+
+class TestCudaLane:
+    """Transfers have a stream of their own. It waits for steps, as little as is right; steps never wait for it."""
+
+    @pytest.fixture
+    def cuda(self, monkeypatch: pytest.MonkeyPatch) -> FakeCuda:
+        return FakeCuda(monkeypatch)
+
+    def test_before_the_first_fence_it_waits_for_all_that_steps_have_queued(self, cuda: FakeCuda) -> None:
+        with CudaLane(torch.device("cuda")).enter():
+            assert cuda.current.name == "lane"
+        assert cuda.told == ["lane waits for all of steps"]
+        assert cuda.current.name == "steps"
+
+    def test_behind_a_fence_it_waits_for_what_came_before_it_alone(self, cuda: FakeCuda) -> None:
+        lane = CudaLane(torch.device("cuda"))
+        lane.fence()
+        for _ in range(2):  # however much steps have queued since
+            with lane.enter():
+                pass
+        lane.fence()
+        with lane.enter():
+            pass
+        waits = ["lane waits for event 1"] * 2
+        assert cuda.told == ["event 1 on steps", *waits, "event 2 on steps", "lane waits for event 2"]
+
+    def test_whoever_waits_for_its_work_waits_for_nothing_else(self, cuda: FakeCuda) -> None:
+        lane = CudaLane(torch.device("cuda"))
+        lane.fence()
+        with lane.finish():
+            cuda.told.append("a copy")
+        assert cuda.told[1:] == ["lane waits for event 1", "a copy", "event 2 on lane", "the thread waits for event 2"]
 
 
 def test_a_device_that_answers_no_more_is_lost_by_name(blocks: DeviceBlocks, lane: Lane) -> None:
