@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import subprocess
 import sys
 from collections.abc import Callable
@@ -71,6 +72,22 @@ def test_blocks_that_are_no_whole_number_of_words(num_bytes: int) -> None:
     (total,) = reference.sum_blocks(blocks, rows_of(1), key_of(num_bytes)).tolist()
     data = blocks[1].cpu().numpy().tobytes()
     assert finalise(total, block_hash(0), num_bytes) == BlockChecksum(num_bytes).of(data, block_hash(0))
+
+
+@each_sum
+@pytest.mark.parametrize("seed", range(4))
+def test_totals_of_rows_that_lie_apart(sum_blocks: Sum, seed: int) -> None:
+    """As the blocks of a memory with something behind each of them."""
+    dice = random.Random(seed)
+    num_rows, num_words, gap = dice.randrange(1, 12), dice.randrange(1, 4500), dice.randrange(1, 70)
+    wide = memory(num_rows, 8 * (gap + num_words), seed)
+    blocks = wide[:, 8 * dice.randrange(gap + 1) :][:, : 8 * num_words]
+    rows = [dice.randrange(num_rows) for _ in range(dice.randrange(1, 20))]
+    totals = sum_blocks(blocks, rows_of(*rows), key_of(8 * num_words)).tolist()
+    whole = reference.sum_blocks(blocks.contiguous(), rows_of(*rows), key_of(8 * num_words)).tolist()
+    assert totals == whole
+    data = blocks[rows[0]].cpu().numpy().tobytes()
+    assert finalise(totals[0], block_hash(0), 8 * num_words) == BlockChecksum(8 * num_words).of(data, block_hash(0))
 
 
 @each_sum

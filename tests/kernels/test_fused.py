@@ -6,6 +6,9 @@ off, and fp8 by an addition whose carry is lost, so that a number just below a p
 
 from __future__ import annotations
 
+import random
+from math import prod
+
 import pytest
 import torch
 
@@ -25,6 +28,13 @@ pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered:RuntimeWarn
 
 def randn(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype).to(DEVICE)
+
+
+def padded(dice: random.Random, *shape: int, dtype: torch.dtype) -> torch.Tensor:
+    """Random numbers within a larger tensor: each dimension begins somewhere and ends before its end."""
+    before, behind = ([dice.randrange(9) for _ in shape] for _ in range(2))
+    whole = randn(*map(sum, zip(shape, before, behind, strict=True)), dtype=dtype, seed=dice.randrange(1000))
+    return whole[tuple(slice(start, start + size) for start, size in zip(before, shape, strict=True))]
 
 
 def close(found: torch.Tensor, expected: torch.Tensor, rounded_to: torch.dtype | None = None) -> None:
@@ -55,6 +65,20 @@ def test_add_norm(tokens: int, n: int, dtype: torch.dtype) -> None:
     assert total is x
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_norms_and_gates_of_random_shapes_and_strides(seed: int) -> None:
+    dice = random.Random(seed)
+    dtype, tokens, n = dice.choice(DTYPES), dice.randrange(1, 6), dice.randrange(1, 1500)
+    x, residual = padded(dice, tokens, n, dtype=dtype), padded(dice, tokens, n, dtype=dtype)
+    weight = randn(n, dtype=dtype, seed=seed)
+    normed, total = fused.add_norm(x, residual, weight, 1e-5)
+    expected, sum_of_both = reference.add_norm(x, residual, weight, 1e-5)
+    close(total, sum_of_both)
+    close(normed, expected)
+    pairs, activation = padded(dice, tokens, 2 * n, dtype=dtype), dice.choice(sorted(reference.ACTIVATIONS))
+    close(fused.gate(pairs, activation), reference.gate(pairs, activation))
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("has_norm", [False, True])
 @pytest.mark.parametrize("is_fp8", [False, True])
@@ -68,13 +92,21 @@ def test_rotate_and_write(
     norm = HeadNorm(randn(heads + kv_heads, head_dim, dtype=dtype, seed=2), 1e-5) if has_norm else None
     blocks, offsets = torch.tensor([[3, 0, 0, 5, 2], [3, 0, 1, 2, 1]], device=DEVICE)
     places = Places(*randn(2, tokens, 1, head_dim, seed=3), blocks, offsets)
+    same_rotation(qkv, norm, places, (6, 3, 2, block_size, kv_heads, head_dim), layer, is_fp8=is_fp8)
+
+
+def same_rotation(
+    qkv: torch.Tensor, norm: HeadNorm | None, places: Places, shape: tuple[int, ...], layer: int, *, is_fp8: bool
+) -> None:
+    """``shape``: of the memory, ``[blocks, layers, 2, block_size, kv_heads, head_dim]``."""
+    dtype, blocks, offsets = qkv.dtype, places.blocks, places.offsets
 
     def memory() -> PagedKv:
         stored = torch.float8_e4m3fn if is_fp8 else dtype
         # Blocks lie apart, as in regions that hold scales behind the numbers.
-        data = torch.zeros(6, 3 * 2 * block_size * kv_heads * head_dim + 16, device=DEVICE).to(stored)[:, 16:]
-        scales = torch.zeros(6, 3, 2, kv_heads, block_size, device=DEVICE) if is_fp8 else None
-        return PagedKv(data.view(6, 3, 2, block_size, kv_heads, head_dim), scales)
+        data = torch.zeros(shape[0], prod(shape[1:]) + 16, device=DEVICE).to(stored)[:, 16:]
+        scales = torch.zeros(*shape[:3], shape[4], shape[3], device=DEVICE) if is_fp8 else None
+        return PagedKv(data.view(shape), scales)
 
     here, there = memory(), memory()
     query = fused.rotate_and_write(qkv, norm, places, here, layer)
@@ -84,7 +116,7 @@ def test_rotate_and_write(
         assert here.scales is not None
         assert there.scales is not None
         close(here.scales, there.scales, rounded_to=dtype)
-        found, wanted = (reference.widen_kv(kv, layer, torch.arange(6, device=DEVICE)) for kv in (here, there))
+        found, wanted = (reference.widen_kv(kv, layer, torch.arange(shape[0], device=DEVICE)) for kv in (here, there))
         # A few numbers lie so near the middle of two of fp8's that a last bit decides.
         off = (found - wanted).abs() > 0.02 * wanted.abs()
         assert off.float().mean() <= (0.02 if IS_INTERPRETED else 0.002)
@@ -96,6 +128,21 @@ def test_rotate_and_write(
         written = kv.data.view(torch.uint8) if is_fp8 else kv.data
         written[:, layer][blocks, :, offsets] = 0
         assert not written.any()
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_rotations_of_random_shapes_and_strides(seed: int) -> None:
+    dice = random.Random(seed)
+    dtype, is_fp8 = dice.choice(DTYPES), dice.random() < 0.5
+    tokens, kv_heads, head_dim = dice.randrange(1, 6), dice.randrange(1, 3), 4 * dice.randrange(1, 15)
+    heads = kv_heads * dice.randrange(1, 6)
+    qkv = padded(dice, tokens, heads + 2 * kv_heads, head_dim, dtype=dtype)
+    norm = HeadNorm(randn(heads + kv_heads, head_dim, dtype=dtype, seed=seed), 1e-5) if dice.random() < 0.5 else None
+    num_blocks, layers, block_size = dice.randrange(2, 7), dice.randrange(1, 4), dice.randrange(3, 9)
+    slots = torch.tensor(dice.sample(range(num_blocks * block_size), tokens), device=DEVICE)
+    places = Places(*randn(2, tokens, 1, head_dim, seed=seed + 9), slots // block_size, slots % block_size)
+    shape = (num_blocks, layers, 2, block_size, kv_heads, head_dim)
+    same_rotation(qkv, norm, places, shape, dice.randrange(layers), is_fp8=is_fp8)
 
 
 def test_heads_that_are_not_normed_or_turned_are_stored_as_they_are() -> None:
