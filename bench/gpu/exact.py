@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -10,7 +11,7 @@ from pathlib import Path
 from bench.gpu.engines import Engine, opened, settings
 from bench.gpu.figures import Entry, Figure, Goal
 from bench.gpu.lab import Lab
-from proto.request import TokenOut
+from proto.request import TokenLogprobs, TokenOut
 from proto.settings import EngineSettings
 
 _TOP = 10
@@ -86,20 +87,38 @@ def _against_cpu(lab: Lab, name: str, wish: EngineSettings) -> Iterator[Entry]:
     for each in (wish, plain):
         with opened(each) as engine:
             prompts = engine.prompts(_PROMPTS, _PROMPT, seed=9)
-            answers.append(engine.answers([engine.ask(prompt, lab.sizes.compared, logprobs=0) for prompt in prompts]))
-    found, right = answers
-    num_same, errors = 0, []
-    for ours, theirs in zip(found, right, strict=True):
-        for a, b in zip(ours, theirs, strict=True):
+            requests = [engine.ask(prompt, lab.sizes.compared, logprobs=_TOP) for prompt in prompts]
+            answers.append(engine.answers(requests))
+    yield from compare(name, *answers)
+
+
+def compare(name: str, found: Sequence[Sequence[TokenOut]], right: Sequence[Sequence[TokenOut]]) -> Iterator[Entry]:
+    """Answers to the same prompts, up to where they part. They may part at a tie: no sum in another order keeps it."""
+    num_same, errors, leads = 0, [], {}
+    for number, (ours, theirs) in enumerate(zip(found, right, strict=True)):
+        for position, (a, b) in enumerate(zip(ours, theirs, strict=True)):
             if a.token != b.token:  # what follows it answers another text
+                leads[number, position] = _lead(b, a.token)
                 break
-            assert a.logprobs is not None
-            assert b.logprobs is not None
             num_same += 1
-            errors.append(abs(a.logprobs.logprob - b.logprobs.logprob))
+            errors.append(abs(_logprobs(a).logprob - _logprobs(b).logprob))
     total = sum(map(len, right))
-    yield Figure(f"{name}: tokens", total, "", num_same / total, "equal up to the first that is not", _ALL)
-    if not errors:
-        return
-    case = f"{name}: log probabilities (median {statistics.median(errors):.2g})"
-    yield Figure(case, max(errors), "largest difference", max(errors), "absolute", _LOGIT_ERROR)
+    yield Figure(f"{name}: tokens", total, "", num_same / total, "equal up to the first that is not")
+    where = "; ".join(f"prompt {number} at {position}: {lead:.2g}" for (number, position), lead in leads.items())
+    widest = max(leads.values(), default=0.0)
+    of = "how far the right token's logit is above the one taken"
+    yield Figure(f"{name}: where tokens part ({where or 'nowhere'})", widest, "widest gap", widest, of, _LOGIT_ERROR)
+    if errors:
+        case = f"{name}: log probabilities (median {statistics.median(errors):.2g})"
+        yield Figure(case, max(errors), "largest difference", max(errors), "absolute", _LOGIT_ERROR)
+
+
+def _lead(right: TokenOut, token: int) -> float:
+    """How far the logit of the right token is above that of ``token``; infinite if that is not among the likeliest."""
+    logprobs = _logprobs(right)
+    return logprobs.logprob - dict(logprobs.top).get(token, -math.inf)
+
+
+def _logprobs(token: TokenOut) -> TokenLogprobs:
+    assert token.logprobs is not None, "they were asked for"
+    return token.logprobs

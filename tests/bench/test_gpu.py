@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from bench import command
-from bench.gpu import attention, flashinfer_peer
+from bench.gpu import attention, exact, flashinfer_peer
 from bench.gpu.attention import make_paged
 from bench.gpu.command import SECTIONS
 from bench.gpu.engines import opened, settings
@@ -25,7 +25,9 @@ from bench.gpu.figures import Figure, Goal, Missing, Section, table, to_json
 from bench.gpu.lab import Lab, open_lab
 from bench.gpu.sizes import TOY, Chunks
 from proto.errors import SettingsError
+from proto.ids import RequestId
 from proto.layout import FP8
+from proto.request import TokenLogprobs, TokenOut
 
 pytest.importorskip("triton")
 
@@ -121,6 +123,36 @@ def test_torch_may_share_heads_or_repeat_them(cached: int, tmp_path: Path, monke
     assert isinstance(last, Figure)
     assert set(asked) == {(True, TOY.attention.kv_heads), (False, TOY.attention.heads)}
     assert "heads repeated" not in last.of
+
+
+def greedy(*tokens: int, lead: float = 1.0) -> list[TokenOut]:
+    """Token 9 is each time the second likeliest, ``lead`` behind the first."""
+    return [
+        TokenOut(RequestId("r"), 0, position, token, TokenLogprobs(-0.5, 1, ((token, -0.5), (9, -0.5 - lead))))
+        for position, token in enumerate(tokens)
+    ]
+
+
+class TestWhereTokensPart:
+    """A near tie may fall either way; anything else is a fault."""
+
+    @pytest.mark.parametrize(
+        ("found", "right", "part", "holds"),
+        [
+            (greedy(1, 2, 3), greedy(1, 2, 3), "nowhere", True),
+            (greedy(1, 9, 4), greedy(1, 2, 3, lead=1e-4), "prompt 0 at 1: 0.0001", True),
+            (greedy(1, 9, 4), greedy(1, 2, 3, lead=0.25), "prompt 0 at 1: 0.25", False),
+            (greedy(7, 2, 3), greedy(1, 2, 3, lead=1e-4), "prompt 0 at 0: inf", False),
+        ],
+    )
+    def test_the_gap_decides(self, found: list[TokenOut], right: list[TokenOut], part: str, holds: bool) -> None:
+        tokens, gap, *errors = exact.compare("model", [found], [right])
+        assert isinstance(tokens, Figure)
+        assert isinstance(gap, Figure)
+        num_same = {"nowhere": 3, "prompt 0 at 1": 1, "prompt 0 at 0": 0}[part.split(":")[0]]
+        assert (tokens.value, tokens.ratio, tokens.holds) == (3, num_same / 3, None)
+        assert (gap.case, gap.holds) == (f"model: where tokens part ({part})", holds)
+        assert len(errors) == (num_same > 0)
 
 
 class TestFlashInfer:
