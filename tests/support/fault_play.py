@@ -85,9 +85,9 @@ async def _strike(row: Row, request: Request, question: Question, outcome: Outco
     await arena.ready()
     await arena.settled()
     outcome.whole_s = time.monotonic() - moment
-    fault.verify(scene)
     await assert_repeats(arena, question, fault.within_s, cache_salt=request.salt)
     await arena.settled()
+    fault.verify(scene)
     assert await arena.transports_used() == {row.transport}
     outcome.what = "; ".join(scene.notes)
 

@@ -45,7 +45,8 @@ class Fault:
     async def undo(self, scene: Scene) -> None:
         """Once the client has its answer."""
 
-    def verify(self, scene: Scene) -> None: ...
+    def verify(self, scene: Scene) -> None:
+        """When all is over: that it has struck at all."""
 
 
 class Kill(Fault):
