@@ -105,10 +105,10 @@ def _packed(value: object) -> bytes:
 _MSGPACK = (msgpack.unpackb, _packed)
 
 
-def _decode_event(data: bytes) -> object:
-    """An entry as Redis gives it, from bytes: names and values in turns."""
+def split_entry(data: bytes) -> dict[bytes, bytes]:
+    """An event of the ledger as Redis gives it, from bytes: names and values in turns."""
     parts = data.split(b"\x00\xff")
-    return records.decode_event(dict(zip(parts[::2], parts[1::2], strict=False)))
+    return dict(zip(parts[::2], parts[1::2], strict=False))
 
 
 def _event_bytes(entry: dict[bytes, bytes]) -> bytes:
@@ -197,7 +197,7 @@ def targets() -> tuple[Target, ...]:
         _enveloped("health", wire.decode_health, REPORTS.map(wire.encode_health)),
         Target("worker_record", records.decode_worker, _WORKER_MAPS.map(_packed), tree=_MSGPACK),
         Target("handoff_record", records.decode_handoff, _HANDOFF_MAPS.map(_packed), tree=_MSGPACK),
-        Target("ledger_event", _decode_event, _EVENT_MAPS.map(_event_bytes)),
+        Target("ledger_event", lambda data: records.decode_event(split_entry(data)), _EVENT_MAPS.map(_event_bytes)),
         Target(
             "completion",
             lambda data: read_completion(Fields(parse_object(data)), model, router),
