@@ -10,11 +10,9 @@ import contextlib
 import itertools
 import json
 import os
-import random
 import re
 import resource
 import signal
-import socket
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable, Mapping
@@ -37,6 +35,7 @@ from tandem.machine import Machine
 from tandem.options import settings_environ
 from tandem.supervisor import Child, ChildSpec, Supervisor
 from tests.support.answer import Answer, Gate
+from tests.support.ports import free_ports
 from tests.support.redis import clear_disk, give_memory
 
 ROUTER = "router"
@@ -45,8 +44,6 @@ KINDS = (ROUTER, *(role.value for role in Role))
 READY_S = 90.0
 SETTLE_S = 60.0
 """How long blocks and records of lost requests may stay: longer than a lease."""
-_GIVEN_PORTS = Path("/proc/sys/net/ipv4/ip_local_port_range")
-_LOWEST_PORT = 10_000
 _INTO_FILE = 'exec "$@" >> "$0" 2>&1'
 _NO_RESERVE = {"MALLOC_MMAP_THRESHOLD_": "65536"}
 """Larger pieces of memory are the system's again at once, so that a step notices when it has none to give."""
@@ -66,22 +63,37 @@ class Worker:
         return self.child.pid
 
 
-class Arena:
-    """``start``, then any number of rounds (``ask``, harm, ``settled``), then ``stop``. ``logs`` is a folder."""
+@dataclass
+class Router:
+    name: str
+    child: Child
+    port: int
 
-    def __init__(self, settings: StackSettings, logs: Path) -> None:
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+
+class Arena:
+    """``start``, then any number of rounds (``ask``, harm, ``settled``), then ``stop``. ``logs`` is a folder.
+
+    Routers are known by their numbers, from 0. All of them have the same workers.
+    """
+
+    def __init__(self, settings: StackSettings, logs: Path, *, num_routers: int = 1) -> None:
         self._settings = settings
         self._logs = logs
         self._lines: list[str] = []
-        redis_port = free_port()
+        self._ports = free_ports()
+        redis_port = next(self._ports)
         self.redis = LocalRedis(port=redis_port)
         self.redis_proxy = Proxy(("127.0.0.1", redis_port), self._kind_of)
         """On everybody's way to Redis but ours."""
         self.workers: list[Worker] = []
-        self.router: Child
+        self.routers: list[Router] = []
+        self._num_routers = num_routers
         self._stopping = asyncio.Event()
         self._supervising: asyncio.Task[None] | None = None
-        self._port = free_port()
         self._stopped: set[int] = set()
         self._http: aiohttp.ClientSession
 
@@ -91,28 +103,32 @@ class Arena:
         await self.redis.start()
         await self.redis_proxy.start()
         ledger = LedgerSettings(redis=self.redis.url, heartbeat_s=0.3, heartbeat_ttl_s=2.0)
-        router: RouterSettings = replace(self._settings.router, host="127.0.0.1", port=self._port)
-        self._settings = replace(self._settings, ledger=ledger, router=router)
+        self._settings = replace(self._settings, ledger=ledger)
         theirs = replace(ledger, redis=_by_way_of(self.redis_proxy, self.redis.url))
-        groups = child_groups(replace(self._settings, ledger=theirs), Machine(cores=2), is_private=True)
+        settings = replace(self._settings, ledger=theirs)
+        (router,), *tiers = child_groups(settings, Machine(cores=2), is_private=True)
+        groups = [[replace(router, name=f"{ROUTER}-{number}") for number in range(self._num_routers)], *tiers]
         wired = [[await self._wire(spec) for spec in group] for group in groups]
         self._supervisor = Supervisor(wired, lambda name, line: self._lines.append(f"{name}: {line}"), lambda _: 0.1)
         children = {child.spec.name: child for child in self._supervisor.children}
-        self.router = children[ROUTER]
-        for worker in self.workers:
-            worker.child = children[worker.name]
+        for member in (*self.routers, *self.workers):
+            member.child = children[member.name]
         self._supervising = asyncio.create_task(self._supervisor.run(self._stopping))
-        self._http = aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=None))
+        # A connection for each request: one that is kept may be closed, by its server's end or age, just as it is used.
+        connector = aiohttp.TCPConnector(force_close=True)
+        self._http = aiohttp.ClientSession(connector=connector, timeout=aiohttp.ClientTimeout(total=None))
         await self.ready()
 
     async def _wire(self, spec: ChildSpec) -> ChildSpec:
-        """Each writes its log into a file. A worker listens at one place for good, and is known by its proxy's."""
+        """Each writes its log into a file and listens at one place for good. A worker is known by its proxy's."""
         log = self._logs / f"{spec.name}.log"
         argv = ("/bin/sh", "-c", _INTO_FILE, str(log), *spec.argv)
         spec = replace(spec, argv=argv, environ={**spec.environ, **_NO_RESERVE})
-        if spec.name == ROUTER:
-            return spec
-        port, http_port = free_port(), free_port()
+        if spec.name.startswith(ROUTER):
+            router = Router(spec.name, None, next(self._ports))  # type: ignore[arg-type]
+            self.routers.append(router)
+            return replace(spec, environ={**spec.environ, **settings_environ([self._router_settings(router.port)])})
+        port, http_port = next(self._ports), next(self._ports)
         proxy = Proxy(("127.0.0.1", port), self._kind_of)
         await proxy.start()
         role = Role.PREFILL if spec.name.startswith("prefill") else Role.DECODE
@@ -127,8 +143,12 @@ class Arena:
         )
         return replace(spec, environ={**spec.environ, **settings_environ([mine])})
 
+    def _router_settings(self, port: int) -> RouterSettings:
+        drain_s = self._settings.worker.drain_timeout
+        return replace(self._settings.router, host="127.0.0.1", port=port, drain_timeout=drain_s)
+
     def _kind_of(self, pid: int) -> str:
-        if pid == self.router.pid:
+        if any(pid == router.child.pid for router in self.routers):
             return ROUTER
         return next((worker.role.value for worker in self.workers if worker.child.pid == pid), "unknown")
 
@@ -144,11 +164,6 @@ class Arena:
         await self.redis.stop()
 
     # Who is who.
-
-    @property
-    def url(self) -> str:
-        """The router's."""
-        return f"http://127.0.0.1:{self._port}"
 
     @property
     def transport(self) -> str:
@@ -167,6 +182,10 @@ class Arena:
     def processes(self) -> list[Child]:
         """All but Redis."""
         return self._supervisor.children
+
+    def deaths(self) -> list[str]:
+        """So far, each as its process's name and how it ended."""
+        return [line.partition(" and is started again")[0] for line in self._lines if ": died (" in line]
 
     def of(self, role: Role) -> list[Worker]:
         return [worker for worker in self.workers if worker.role is role]
@@ -244,13 +263,16 @@ class Arena:
 
     # Asking.
 
-    async def ask(self, prompt: list[int], answer: Answer, *, gate: Gate | None = None, **params: Any) -> None:
+    async def ask(
+        self, prompt: list[int], answer: Answer, *, router: int = 0, gate: Gate | None = None, **params: Any
+    ) -> None:
         """Fills ``answer`` as tokens come; what goes wrong is in ``answer.error``."""
         fields = {"model": "tiny", "prompt": prompt, "stream": True, "return_token_ids": True, **params}
         body = json.dumps(fields).encode()
         data, headers = gate.pass_on(body) if gate else body, {"Content-Type": "application/json"}
+        url = f"{self.routers[router].url}/v1/completions"
         try:
-            async with self._http.post(f"{self.url}/v1/completions", data=data, headers=headers) as reply:
+            async with self._http.post(url, data=data, headers=headers) as reply:
                 if reply.status != 200:
                     answer.error = f"{reply.status}: {await reply.text()}"
                 async for line in reply.content:
@@ -279,21 +301,28 @@ class Arena:
     # Is all well?
 
     async def ready(self) -> None:
-        """Until the router serves with every worker that there should be."""
+        """Until every router serves with every worker that there should be."""
 
         async def is_ready() -> bool:
             for worker in self.workers:
                 async with self._http.get(f"http://127.0.0.1:{worker.http_port}/health") as reply:
                     if reply.status != 200:
                         return False
-            async with self._http.get(f"{self.url}/ready") as reply:
-                if reply.status != 200:
-                    return False
-                details = (await reply.json())["details"]
-            known = (details["prefill_workers"], details["decode_workers"])
-            return known == (len(self.of(Role.PREFILL)), len(self.of(Role.DECODE)))
+            reports = [await self.readiness(number) for number in range(self._num_routers)]
+            wanted = (len(self.of(Role.PREFILL)), len(self.of(Role.DECODE)))
+            return all(
+                report["status"] == "ready"
+                and (report["details"]["prefill_workers"], report["details"]["decode_workers"]) == wanted
+                for report in reports
+            )
 
         await self._eventually(is_ready, READY_S, "the stack did not become ready")
+
+    async def readiness(self, router: int = 0) -> dict[str, Any]:
+        """What a router says of itself."""
+        async with self._http.get(f"{self.routers[router].url}/ready") as reply:
+            report: dict[str, Any] = await reply.json()
+            return report
 
     async def settled(self) -> None:
         """Until every block of every pool is free or cached, and the ledger has no open hand-off."""
@@ -338,8 +367,8 @@ class Arena:
         async with self._http.get(f"http://127.0.0.1:{port}/metrics") as reply:
             return await reply.text()
 
-    async def router_metrics(self) -> str:
-        return await self.metrics(self._port)
+    async def router_metrics(self, router: int = 0) -> str:
+        return await self.metrics(self.routers[router].port)
 
     async def computed(self, workers: Iterable[Worker]) -> int:
         """Prompt tokens that they have computed, since they started."""
@@ -354,9 +383,9 @@ class Arena:
     def log_bytes(self) -> int:
         return sum(path.stat().st_size for path in self._logs.iterdir())
 
-    async def recoveries(self) -> Counter[str]:
-        """How often the router has done what, since it started."""
-        page = await self.router_metrics()
+    async def recoveries(self, router: int = 0) -> Counter[str]:
+        """How often a router has done what, since it started."""
+        page = await self.router_metrics(router)
         found = re.findall(r'^tandem_recoveries_total\{.*remedy="(\w+)".*\} (\S+)$', page, re.MULTILINE)
         return Counter({remedy: int(float(count)) for remedy, count in found})
 
@@ -389,15 +418,3 @@ def total(page: str, name: str) -> float:
     values = re.findall(rf"^{re.escape(name)}(?:\{{[^}}]*\}})? (\S+)$", page, re.MULTILINE)
     assert values, f"no metric {name}"
     return sum(float(value) for value in values)
-
-
-def free_port() -> int:
-    """A port that is free, and that the system gives to nobody who did not ask for it: a worker comes back to it."""
-    lowest, highest = map(int, _GIVEN_PORTS.read_text().split())
-    ports = [port for port in range(_LOWEST_PORT, 1 << 16) if not lowest <= port <= highest]
-    random.shuffle(ports)
-    for port in ports:
-        with socket.socket() as probe, contextlib.suppress(OSError):
-            probe.bind(("127.0.0.1", port))
-            return port
-    raise OSError("no free port")

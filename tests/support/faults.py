@@ -223,19 +223,19 @@ class RouterFrozen(Fault):
     within_s = SLOW_S
 
     async def strike(self, scene: Scene) -> None:
-        scene.arena.freeze(scene.arena.router)
+        scene.arena.freeze(scene.arena.routers[0].child)
 
     async def outlast(self, scene: Scene) -> None:
         await asyncio.sleep(_GIVEN_UP_S)
         await scene.arena.freed(within_s=_FREED_S)
-        scene.arena.wake(scene.arena.router)
+        scene.arena.wake(scene.arena.routers[0].child)
 
 
 class RouterDies(Fault):
     kills_router = True
 
     async def strike(self, scene: Scene) -> None:
-        pid = scene.arena.router.pid
+        pid = scene.arena.routers[0].child.pid
         assert pid is not None
         os.kill(pid, signal.SIGKILL)
 
