@@ -30,7 +30,8 @@ from proto.request import Request
 
 
 class EngineCore:
-    """One engine. ``policy`` is ``fcfs`` or ``priority``; ``max_num_queued`` bounds the fresh requests that wait.
+    """One engine. ``policy`` ``priority`` serves the lowest priority first, equal ones as they come; ``fcfs`` knows no
+    priorities. ``max_num_queued`` bounds the fresh requests that wait.
 
     ``runs_ahead`` and ``on_started`` are ``engine.stepper.Stepper``'s.
     """
@@ -44,7 +45,7 @@ class EngineCore:
         *,
         enable_prefix_caching: bool = True,
         enable_chunked_prefill: bool = True,
-        policy: str = "fcfs",
+        policy: str = "priority",
         max_num_queued: int = 512,
         runs_ahead: bool = False,
         on_started: Callable[[RequestId], None] | None = None,

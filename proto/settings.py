@@ -129,7 +129,12 @@ class SchedulerSettings:
     enable_chunked_prefill: bool = setting(True, "compute long prompts in chunks, between decode steps")
     long_prefill_token_threshold: int = setting(0, "largest chunk of one prompt; 0: the step's whole budget", low=0)
     async_scheduling: bool = setting(True, "on a GPU, schedule the next decode step while this one runs")
-    scheduling_policy: str = setting("fcfs", "order of waiting requests", choices=("fcfs", "priority"))
+    scheduling_policy: str = setting(
+        "priority",
+        "order of requests; priority: the lowest first, equal ones as they come; fcfs: all as they come, and 400 where "
+        "one has a priority; the same on every worker",
+        choices=("fcfs", "priority"),
+    )
     max_num_queued_reqs: int = setting(512, "requests that may wait on one worker; beyond it: 429", low=0)
 
 

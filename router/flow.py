@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from proto.control import Failed, FromRouter, FromWorker, Progress, Rejected, Renew, Tokens
-from proto.errors import LocalFault, TandemError, Unavailable
+from proto.errors import InvalidRequest, LocalFault, TandemError, Unavailable
 from proto.hashing import BlockHasher
 from proto.ids import BlockHash, Epoch, RequestId, WorkerId
 from proto.lifecycle import Stage
@@ -166,8 +166,10 @@ class Flow:
         return self._last_adopted_at
 
     async def start(self, new: NewRequest) -> RequestStream:
-        """Admits and places a request. Raises Overloaded, NoWorker or Unavailable, and then nothing is left of it."""
+        """Admits and places a request. Raises Overloaded, NoWorker or Unavailable, and then nothing is left of it; and
+        InvalidRequest for a priority that nobody would heed."""
         try:
+            self._check_priority(new)
             return self._begin(self._admission.admit(new), new, self._listener)
         except TandemError as error:
             self._listener.turned_away(error)
@@ -313,6 +315,14 @@ class Flow:
         self._forget(request)
 
     # Small steps.
+
+    def _check_priority(self, new: NewRequest) -> None:
+        if new.priority and self._fleet.view(new.layout or self._fleet.layout).ignores_priority:
+            raise InvalidRequest(
+                f"priority is {new.priority}, but this deployment serves requests as they come "
+                "(--scheduling-policy fcfs): it must be 0.",
+                param="priority",
+            )
 
     def _life(self, request: RequestId) -> Life | None:
         life = self._lives.get(request)

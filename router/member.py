@@ -157,4 +157,5 @@ class Member:
             sent_tokens=sent.tokens,
             sent_room_tokens=sent.room_tokens,
             sent_choices=sent.choices,
+            ignores_priority=record.scheduling_policy == "fcfs",
         )

@@ -47,6 +47,8 @@ class Candidate:
     sent_tokens: int = 0
     sent_room_tokens: int = 0
     sent_choices: int = 0
+    ignores_priority: bool = False
+    """It serves requests as they come."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,6 +58,11 @@ class View:
     workers: tuple[Candidate, ...]
     layout: str
     block_size: int
+
+    @property
+    def ignores_priority(self) -> bool:
+        """Whether a worker that may be chosen does."""
+        return any(each.ignores_priority for each in self.workers if each.is_usable and each.layout == self.layout)
 
 
 class Tried(NoWorker):

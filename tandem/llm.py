@@ -59,6 +59,7 @@ class LLM:
         for warning in resolved.warnings:
             log.warning("%s", warning)
         engine = with_some_model(resolved.engine())
+        self._ignores_priority = engine.scheduler.scheduling_policy == "fcfs"
         self._seeds = random.Random(engine.model.seed)
         self._ids = itertools.count()
         self._parts: EngineParts | None = load_engine_parts(engine)
@@ -83,7 +84,7 @@ class LLM:
         A prompt is a text, ``{"prompt": text}``, ``{"prompt_token_ids": ids}`` or a list of ids. ``sampling_params``:
         one for all, one per prompt, or None for the model's defaults. Requests without a seed get one from the
         ``seed`` setting, in order. ``use_tqdm``: show progress, on a terminal. ``priority``: one per prompt, the
-        lowest first, with scheduling_policy="priority". Raises InvalidRequest before anything is computed.
+        lowest first; not with scheduling_policy="fcfs". Raises InvalidRequest before anything is computed.
         """
         texts_and_ids = [self._read_prompt(prompt) for prompt in _as_list(prompts)]
         return self._run(texts_and_ids, sampling_params, use_tqdm, priority)
@@ -175,6 +176,8 @@ class LLM:
         priorities = [0] * len(prompts) if priority is None else priority
         if len(priorities) != len(prompts):
             raise InvalidRequest(f"{len(priorities)} priorities for {len(prompts)} prompts.", param="priority")
+        if any(priorities) and self._ignores_priority:
+            raise InvalidRequest('With scheduling_policy="fcfs" every priority must be 0.', param="priority")
         jobs: dict[RequestId, _Job] = {}
         try:
             for (text, ids), given, rank in zip(prompts, per_prompt, priorities, strict=True):

@@ -238,6 +238,7 @@ class WorkerService:
             num_blocks=parts.facts.num_blocks,
             load=self._load,
             started_at=time.time(),
+            scheduling_policy=self._engine_settings.scheduler.scheduling_policy,
         )
 
     # What routers ask.

@@ -42,6 +42,7 @@ class WorkerRecord:
 
     ``address`` is host:port of its gRPC service, ``http_address`` of its health and metrics (None: it has none).
     ``model`` is the first served name, ``model_digest`` tells weights apart. ``started_at`` is in Unix seconds.
+    ``scheduling_policy`` is the setting's value; empty: a worker of an older version, which does not say.
     """
 
     worker: WorkerId
@@ -58,6 +59,7 @@ class WorkerRecord:
     load: Load = field(default_factory=Load)
     draining: bool = False
     started_at: float = 0.0
+    scheduling_policy: str = ""
 
     @property
     def peer(self) -> Peer:
@@ -186,6 +188,7 @@ def encode_worker(record: WorkerRecord) -> bytes:
             "num_blocks": record.num_blocks,
             "draining": record.draining,
             "started_at": float(record.started_at),
+            "scheduling_policy": record.scheduling_policy,
             "load": {
                 "num_running": load.num_running,
                 "num_waiting": load.num_waiting,
@@ -216,6 +219,7 @@ def decode_worker(data: bytes) -> WorkerRecord:
         num_blocks=record.count("num_blocks"),
         draining=record.flag("draining"),
         started_at=record.number("started_at"),
+        scheduling_policy=record.text_or_none("scheduling_policy") or "",
         load=Load(
             num_running=load.count("num_running"),
             num_waiting=load.count("num_waiting"),

@@ -16,7 +16,7 @@ from tests.support.stack import Stack, running, stack_settings
 @pytest.fixture(scope="module")
 def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
     checkpoint = make_checkpoint(tmp_path_factory.mktemp("bad"), "mistral", sliding_window=24)
-    with running(stack_settings(checkpoint, max_model_len=256)) as stack:
+    with running(stack_settings(checkpoint, max_model_len=256, policy="fcfs")) as stack:
         yield stack
 
 
@@ -45,6 +45,7 @@ def post(stack: Stack, body: object, path: str = "/completions") -> tuple[int, d
         ({"model": "tiny", "prompt": [7] * 300}, 400, "maximum context length is"),
         ({"model": "tiny", "prompt": [7] * 200, "max_tokens": 100}, 400, "256"),
         ({"model": "other", "prompt": "x"}, 404, "other"),
+        ({"model": "tiny", "prompt": "x", "priority": 1}, 400, "--scheduling-policy fcfs"),
         (b"{not json", 400, "JSON"),
         ({"model": "tiny", "prompt": {"a": 1}}, 400, "prompt"),
         ({"model": "tiny", "prompt": "x", "max_tokens": -1}, 400, "max_tokens"),

@@ -216,9 +216,9 @@ def test_stop_rules() -> None:
     assert last["context"].finish is FinishReason.LENGTH
 
 
-def test_priorities_order_the_queue_only_when_asked() -> None:
-    for policy, order in (("fcfs", ["low", "high"]), ("priority", ["high", "low"])):
-        bench = Bench(make_facts(max_num_seqs=1), policy=policy)
+def test_priorities_order_the_queue_unless_all_are_served_as_they_come() -> None:
+    for options, order in (({"policy": "fcfs"}, ["low", "high"]), ({}, ["high", "low"])):
+        bench = Bench(make_facts(max_num_seqs=1), **options)
         bench.core.add(make_request("low", prompt_of(3), priority=5, max_tokens=1))
         bench.core.add(make_request("high", prompt_of(3, 5), priority=-1, max_tokens=1))
         assert [token.request for token in bench.drain()] == order

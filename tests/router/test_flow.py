@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
@@ -289,6 +290,25 @@ async def test_the_door_is_bounded_and_reopens() -> None:
     assert caught.value.retry_after_s
     await stream.aclose()
     await house.start()
+
+
+async def test_a_priority_is_refused_where_some_worker_serves_requests_as_they_come() -> None:
+    house = House("p1", "d1", "d2")
+    new = NewRequest(prompt=(1, 2, 3), params=SamplingParams(max_tokens=4), priority=-1)
+    await (await house.flow.start(new)).aclose()
+    house.fleet.sent.clear()
+    d2 = house.fleet.workers[Epoch("epoch-d2")]
+    house.fleet.workers[d2.epoch] = replace(d2, ignores_priority=True)
+    with pytest.raises(InvalidRequest, match="must be 0") as caught:
+        await house.flow.start(new)
+    assert caught.value.param == "priority"
+    assert house.heard.turned == [caught.value]
+    assert not house.fleet.sent
+    assert house.flow.num_inflight == house.admission.num_inflight == 0
+    await (await house.flow.start(replace(new, priority=0))).aclose()
+    await (await house.flow.start_canary(new)).aclose()
+    house.fleet.workers[d2.epoch] = replace(d2, ignores_priority=True, is_usable=False)
+    await (await house.flow.start(new)).aclose()
 
 
 async def test_without_workers_nothing_is_left_behind() -> None:

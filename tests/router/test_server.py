@@ -98,7 +98,7 @@ class Town:
         self.service, self.ledger, self.http = service, ledger, http
         self._servers: dict[WorkerId, tuple[WorkerRecord, object]] = {}
 
-    async def add(self, worker: ScriptedWorker) -> ScriptedWorker:
+    async def add(self, worker: ScriptedWorker, policy: str = "priority") -> ScriptedWorker:
         handler = worker_handler(worker.describe, worker.health, worker.serve)
         server, port = await serve("127.0.0.1", 0, [handler])
         record = WorkerRecord(
@@ -112,6 +112,7 @@ class Town:
             model_digest="digest",
             block_size=16,
             num_blocks=10,
+            scheduling_policy=policy,
         )
         self._servers[worker.name] = (record, server)
         await self.ledger.register(record)
@@ -129,8 +130,8 @@ class Town:
     async def is_ready(self, path: str = "/ready") -> bool:
         return (await self.get(path))[0] == 200
 
-    async def complete(self, prompt: str = PROMPT) -> tuple[int, dict[str, object]]:
-        body = {"model": "tiny", "prompt": prompt, "max_tokens": 4}
+    async def complete(self, prompt: str = PROMPT, **more: int) -> tuple[int, dict[str, object]]:
+        body = {"model": "tiny", "prompt": prompt, "max_tokens": 4, **more}
         async with self.http.post(f"http://127.0.0.1:{self.service.port}/v1/completions", json=body) as response:
             return response.status, json.loads(await response.text())
 
@@ -198,6 +199,19 @@ async def test_from_an_empty_house_to_an_answer(local_redis: LocalRedis) -> None
         assert 'tandem_routed_total{target="prefill"} 1.0' in metrics
         assert "tandem_inflight_requests 0.0" in metrics
         assert 'tandem_requests_total{finish="length"} 1.0' in metrics
+
+
+async def test_a_priority_is_honoured_or_refused_by_what_the_workers_say_of_themselves(local_redis: LocalRedis) -> None:
+    async with town(local_redis) as place:
+        decode = await place.add(ScriptedWorker("d1", Role.DECODE, load=IDLE))
+        await place.add(ScriptedWorker("p1", Role.PREFILL, load=IDLE))
+        assert (await place.complete(priority=-3))[0] == 200
+        assert [message.request.priority for message in decode.got if isinstance(message, Attach)] == [-3]
+        await place.add(ScriptedWorker("p2", Role.PREFILL, load=IDLE), policy="fcfs")
+        status, body = await place.complete(priority=-3)
+        assert (status, body["error"]["param"]) == (400, "priority")  # type: ignore[index]
+        assert (await place.complete(priority=0))[0] == (await place.complete())[0] == 200
+        assert sum(isinstance(message, Attach) for message in decode.got) == 3
 
 
 async def test_a_path_on_which_no_kv_travels_is_not_ready(local_redis: LocalRedis) -> None:

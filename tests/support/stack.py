@@ -44,6 +44,7 @@ def stack_settings(
     max_model_len: int = 1024,
     chunk: int = 256,
     dtype: str = "float32",
+    policy: str = "priority",
     router: RouterSettings | None = None,
 ) -> StackSettings:
     """A small stack; by default every prompt goes through a prefill worker."""
@@ -59,7 +60,7 @@ def stack_settings(
                 max_model_len=max_model_len,
             ),
             cache=CacheSettings(num_gpu_blocks_override=num_blocks),
-            scheduler=SchedulerSettings(max_num_batched_tokens=chunk),
+            scheduler=SchedulerSettings(max_num_batched_tokens=chunk, scheduling_policy=policy),
         ),
         ledger=LedgerSettings(),
         worker=WorkerSettings(transports=transports, drain_timeout=10.0),

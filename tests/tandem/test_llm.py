@@ -186,6 +186,13 @@ def test_priorities_are_one_per_prompt(llm: LLM) -> None:
         llm.generate(["a", "b"], GREEDY, priority=[1])
 
 
+def test_served_as_they_come_prompts_have_no_priorities(folder: Path) -> None:
+    with LLM(str(folder), scheduling_policy="fcfs", **SMALL) as plain:
+        with pytest.raises(InvalidRequest, match="must be 0"):
+            plain.generate(["a", "b"], GREEDY, priority=[1, 0])
+        assert len(plain.generate(["a", "b"], GREEDY, priority=[0, 0])) == 2
+
+
 def test_a_repeated_prompt_is_served_from_the_cache(llm: LLM) -> None:
     prompt = list(range(10, 80))
     assert llm.generate([prompt], GREEDY)[0].num_cached_tokens == 0

@@ -165,7 +165,7 @@ def test_flag_wins_over_environment_over_file_over_default(tmp_path: Path) -> No
     assert resolved.get(RouterSettings).host == "environment"
     assert resolved.get(SchedulerSettings).max_num_seqs == 3
     assert resolved.get(CacheSettings).block_size == 32
-    assert resolved.get(SchedulerSettings).scheduling_policy == "fcfs"
+    assert resolved.get(SchedulerSettings).scheduling_policy == "priority"
 
 
 def test_nested_keys_win_over_flat_ones_whatever_their_order(tmp_path: Path) -> None:

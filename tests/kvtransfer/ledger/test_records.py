@@ -56,6 +56,7 @@ WORKERS = st.builds(
     load=LOADS,
     draining=st.booleans(),
     started_at=st.floats(0, 1e12),
+    scheduling_policy=st.sampled_from(["", "fcfs", "priority"]),
 )
 HANDOFFS = st.builds(
     HandoffRecord,
