@@ -9,7 +9,7 @@ free blocks whose content may still be wanted near the tail, so that they live l
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from proto.errors import LocalProtocolError
 from proto.ids import BlockId
@@ -33,6 +33,11 @@ class BlockPool:
 
     def num_refs(self, block: BlockId) -> int:
         return self._refs[block]
+
+    def num_without(self, refs: Mapping[BlockId, int]) -> int:
+        """How many blocks would become free if these numbers of references were given back."""
+        held = self._refs
+        return sum(held[block] == num_refs for block, num_refs in refs.items())
 
     def allocate(self, num_blocks: int) -> list[BlockId]:
         """Takes blocks from the head of the queue, each with one reference. The caller has looked at ``num_free``."""

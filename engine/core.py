@@ -7,6 +7,7 @@ choice ends, its hold is released, or it is aborted or cancelled.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 
@@ -27,6 +28,9 @@ from proto.hashing import BlockHasher
 from proto.ids import BlockHash, BlockId, RequestId
 from proto.inventory import CacheChange
 from proto.request import Request
+
+SOON_FREE_EVERY_S = 0.05
+"""How old the number of soon-free blocks may be. It takes a look at many blocks, and routers hear of it less often."""
 
 
 class EngineCore:
@@ -60,6 +64,9 @@ class EngineCore:
         self._cache = PrefixCache(BlockPool(facts.num_blocks), is_enabled=enable_prefix_caching)
         self._live = Population(self._cache, hasher)
         self._num_arrived = 0
+        self._clock = clock
+        self._soon_free = 0
+        self._soon_free_until = -math.inf
         self._meter = Meter()
         self._stepper = Stepper(
             runner,
@@ -227,6 +234,7 @@ class EngineCore:
             num_free_blocks=self._cache.num_free,
             num_blocks=self._cache.num_blocks,
             tokens_per_s=self._meter.prompt_tokens_per_s,
+            num_soon_free_blocks=self._num_soon_free(),
         )
 
     @property
@@ -264,6 +272,12 @@ class EngineCore:
         assert num_seats <= self._facts.max_num_seqs
 
     # -- helpers ----------------------------------------------------------------------------------------------------
+
+    def _num_soon_free(self) -> int:
+        now = self._clock()
+        if now >= self._soon_free_until:
+            self._soon_free, self._soon_free_until = self._live.count_soon_free(), now + SOON_FREE_EVERY_S
+        return min(self._soon_free, self._cache.num_blocks - self._cache.num_free)
 
     def _new_track(self, request: Request, *, is_held: bool = False) -> Track:
         self._num_arrived += 1

@@ -6,6 +6,7 @@ sequence, its references are given back exactly once. Decides nothing and comput
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -55,6 +56,13 @@ class Population:
     @property
     def num_running_seats(self) -> int:
         return sum(len(sequence.track.choices) for sequence in self.running)
+
+    def count_soon_free(self) -> int:
+        """Blocks that nobody has but sequences that are over, or end soon. Takes a look at each of their blocks."""
+        refs: Counter[BlockId] = Counter()
+        for sequence in (*self.leaving, *(each for each in self.running if each.ends_soon)):
+            refs.update(sequence.blocks)
+        return self.cache.num_without(refs)
 
     def running_of(self, request: RequestId) -> list[Running]:
         return [sequence for sequence in self.running if sequence.track.id == request]

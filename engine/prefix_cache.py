@@ -9,7 +9,7 @@ Knows hashes and blocks; knows nothing of requests.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from engine.block_pool import BlockPool
 from proto.errors import LocalProtocolError
@@ -42,6 +42,10 @@ class PrefixCache:
 
     def num_refs(self, block: BlockId) -> int:
         return self._pool.num_refs(block)
+
+    def num_without(self, refs: Mapping[BlockId, int]) -> int:
+        """How many blocks would become free if these numbers of references were given back."""
+        return self._pool.num_without(refs)
 
     def match(self, hashes: Sequence[BlockHash]) -> tuple[BlockId, ...]:
         """Blocks of the longest cached leading part of ``hashes``. Changes nothing: pin them to keep them."""

@@ -21,6 +21,7 @@ from dataclasses import dataclass, field, replace
 
 from engine.batch import SampleSpec
 from engine.rules import Ending, FinishRules
+from proto.control import SOON_TOKENS
 from proto.hashing import BlockHasher
 from proto.ids import BlockHash, BlockId, RequestId
 from proto.request import Request, derive_seed
@@ -162,6 +163,13 @@ class Running:
     def ends_by_length(self) -> bool:
         """Whether the token that is being computed is the choice's last, whichever it is."""
         return self.num_in_flight > 0 and len(self.track.output) + 1 >= self.track.rules.max_output
+
+    @property
+    def ends_soon(self) -> bool:
+        """Whether it generates, and ends within SOON_TOKENS more tokens at the latest, whatever they are."""
+        track = self.track
+        num_left = track.rules.max_output - len(track.output)
+        return num_left <= SOON_TOKENS and not self.is_prefilling and not track.is_held
 
     @property
     def num_remaining(self) -> int:

@@ -171,6 +171,10 @@ class Failed:
     param: str | None = None
 
 
+SOON_TOKENS = 32
+"""How many tokens ahead ``Load`` looks for blocks that will be free: about a second of a sequence that generates."""
+
+
 @dataclass(frozen=True, slots=True)
 class Load:
     """How busy a worker is. Token counts are of prompt tokens not yet computed."""
@@ -182,6 +186,9 @@ class Load:
     num_blocks: int = 0
     tokens_per_s: float = 0.0
     """Prompt tokens computed per second of busy time, lately; 0 when unknown."""
+    num_soon_free_blocks: int = 0
+    """Blocks that nobody has but sequences that are over, or generate and end within SOON_TOKENS more tokens by their
+    limits. Any other may end as soon, by what it says. 0 from a worker of an older version, too."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -211,7 +211,12 @@ class RouterSettings:
     prefill_timeout: float = setting(180.0, "seconds without news a worker may take to compute a prompt", low=0.1)
     transfer_timeout: float = setting(60.0, "seconds a computed prompt's blocks may take to a decode worker", low=0.1)
     silence_timeout: float = setting(120.0, "seconds a decode worker may say nothing of a running request", low=0.1)
-    ttft_slo: float = setting(0.0, "429 when the first token would take longer than so many seconds; 0: never", low=0)
+    ttft_slo: float = setting(
+        0.0,
+        "429 when the first token, or room for the prompt on a decode worker, would take longer than so many seconds; "
+        "0: never",
+        low=0,
+    )
     itl_slo: float = setting(
         0.0, "429 when tokens would be further apart than so many seconds, or lack room; 0: never", low=0
     )

@@ -17,7 +17,7 @@ from proto.request import FinishReason, Request, TokenOut
 from router.assembly import TokenAssembly
 from router.contract import StageTimes
 from router.deadlines import StageLimits
-from router.policy import Candidate, Decision, Way
+from router.policy import ROOM_S, Candidate, Decision, Way
 from router.recovery import Remedy, Side, Situation
 from router.stages import StageChange
 
@@ -33,7 +33,7 @@ class Rules:
     max_buffered_tokens: int = 4096
     lease_s: float = 30.0
     patience_s: float = 10.0
-    room_patience_s: float = 120.0
+    room_patience_s: float = ROOM_S
     verdict_s: float = 5.0
     limits: StageLimits = field(default_factory=StageLimits)
 

@@ -21,6 +21,7 @@ from proto.ids import BlockHash, Epoch, RequestId, WorkerId
 from proto.lifecycle import Stage
 from proto.request import Request, TokenOut
 from router.admission import Admission
+from router.announced import Announced
 from router.attempt import SILENCE, Listener, Rules
 from router.contract import NewRequest, StageTimes
 from router.life import Life
@@ -138,6 +139,7 @@ class Flow:
         self._weights = weights
         self._goals = goals
         self._pace = Pace()
+        self._announced = Announced()
         self._listener = listener
         self._timers = timers or LoopTimers()
         self._lives: dict[RequestId, Life] = {}
@@ -207,6 +209,7 @@ class Flow:
             case Tokens():
                 self._tokens_came(epoch, message)
             case Progress():
+                self._announced.progressed(message.request, epoch, message.stage)
                 if life := self._life(message.request):
                     life.progress_came(epoch, message)
                     if message.stage is Stage.ADOPTED and message.request not in self._canaries:
@@ -283,8 +286,14 @@ class Flow:
             must_travel=request.id in self._canaries,
             itl_s=self._pace.itl_s,
             output_tokens=self._pace.output_tokens,
+            announced=self._announced.before(request.id),
         )
-        decision = choose(self._fleet.view(prompt.layout), ask, self._weights, self._goals)
+        view = self._fleet.view(prompt.layout)
+        decision = choose(view, ask, self._weights, self._goals)
+        if decision.local:
+            self._announced.forget(request.id)  # its place is in the decode worker's own queue
+        else:
+            self._announced.place(request.id, decision.decode.epoch, ask.num_uncached(decision.decode, view.block_size))
         self._last_placed_at = self._timers.time()
         return decision
 
@@ -361,6 +370,7 @@ class Flow:
         self._prompts.pop(request, None)
         self._canaries.discard(request)
         self._pace.forget(request)
+        self._announced.forget(request)
         self._admission.leave(request)
         if not self._lives:
             self._idle.set()

@@ -1,7 +1,8 @@
 """Which workers serve a request: a pure function of one view of the fleet.
 
     cost of a prefill worker   seconds until its queue is done + seconds for the prompt's tokens it has not cached
-    cost of a decode worker    seconds to move the blocks it lacks + what its running sequences and missing room cost
+    cost of a decode worker    seconds to move the blocks it lacks + what its running sequences and missing room cost:
+                               less where it will soon be there (``room``)
     cost of a local prefill    both on the decode worker, and nothing to move
 
 The costs of the two workers add up, so each is the cheapest of its own role. Among equals the request's turn decides,
@@ -13,14 +14,18 @@ Knows numbers; does no I/O and keeps no state.
 from __future__ import annotations
 
 import enum
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from proto.control import Load, Role
 from proto.errors import NoWorker, Overloaded
 from proto.ids import Epoch, WorkerId
+from router.room import Room
 
 RETRY_AFTER_S = 1.0
+ROOM_S = 120.0
+"""How long a request may wait for room on a decode worker: predicted, or with its prompt computed already."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -100,8 +105,14 @@ class Ask:
     """Seconds between two tokens of a request, lately, per decode worker that was heard."""
     output_tokens: float = 0.0
     """How long an answer is expected to be."""
+    announced: Mapping[Epoch, int] = field(default_factory=dict)
+    """Tokens of prompts that go before it and have no room yet, per decode worker. What it was just sent is of them."""
     numerics: str = ""
     """Preferred above any cost: a resume continues bit for bit on equal numerics. Empty: no matter."""
+
+    def num_uncached(self, worker: Candidate, block_size: int) -> int:
+        """Tokens of it that ``worker`` lacks: at least the last one, whose logits are needed."""
+        return max(1, self.num_tokens - self.matches.get(worker.epoch, 0) * block_size)
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,10 +126,12 @@ class Decision:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Goals:
-    """Seconds; 0: no goal. With ``itl_s``, decode workers also keep room for what their sequences will grow by."""
+    """Seconds; 0: no goal. With ``itl_s``, decode workers also keep room for what their sequences will grow by.
+    ``room_s`` bounds the wait for room where ``ttft_s`` does not: it is no goal, so what nobody can tell is in time."""
 
     ttft_s: float = 0.0
     itl_s: float = 0.0
+    room_s: float = ROOM_S
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -135,6 +148,10 @@ class Weights:
     """What one more running sequence costs the others."""
     no_room_s: float = 1.0
     """What it costs to arrive where no block of the prompt has room."""
+    soon_room_s: float = 0.25
+    """What it costs where all of them soon will have."""
+    token_s: float = 0.05
+    """Seconds between two tokens of a sequence, where no decode worker was heard."""
 
 
 NO_GOALS = Goals()
@@ -151,6 +168,8 @@ def choose(view: View, ask: Ask, weights: Weights, goals: Goals = NO_GOALS) -> D
         return Decision(None, _cheapest(decodes, scale.receive_s, ask), local=False)
     if ask.way is Way.RESUME:
         return _resumed(decodes, scale)
+    if ask.is_new:
+        decodes = _roomy(decodes, scale, goals)
     if ask.is_new and goals.itl_s:
         decodes = _unhurried(decodes, scale, goals)
     if ask.way is Way.LOCAL or not _can_prefill(view, ask):
@@ -181,8 +200,8 @@ class _Scale:
     weights: Weights
 
     def num_uncached(self, worker: Candidate) -> int:
-        """Prompt tokens ``worker`` would compute: at least the last one, whose logits are needed."""
-        return max(1, self.ask.num_tokens - self.ask.matches.get(worker.epoch, 0) * self.view.block_size)
+        """Prompt tokens ``worker`` would compute, or be sent."""
+        return self.ask.num_uncached(worker, self.view.block_size)
 
     def spares(self, source: Candidate, decode: Candidate) -> bool:
         """Whether ``decode`` would compute so much that the threshold sends it to a prefill worker, and so much more
@@ -202,14 +221,19 @@ class _Scale:
         return self.compute_s(worker) + self._crowd_s(worker)
 
     def has_room_to_grow(self, worker: Candidate) -> bool:
-        """Room for the prompt and a usual answer, beside what the others will yet say: on average, half of theirs."""
+        """Room for the prompt, and with what will soon be free for a usual answer, beside what the others will yet say:
+        on average, half of theirs."""
         load = worker.load
         if not load.num_blocks or not self._num_sequences(worker):
             return True  # alone, it gets what there is
         size, usual = self.view.block_size, self.ask.output_tokens
         growth = usual * (self.ask.num_choices + self._num_sequences(worker) / 2)
-        needed = self.num_uncached(worker) + worker.sent_room_tokens + growth
-        return load.num_free_blocks * size >= needed
+        free = load.num_free_blocks * size - self.num_uncached(worker) - worker.sent_room_tokens
+        return free >= 0 and free + load.num_soon_free_blocks * size >= growth
+
+    def room_s(self, worker: Candidate) -> float:
+        """Seconds until it has room for the prompt, if it goes on as usual; infinite where nobody can tell."""
+        return self._room(worker).tokens_until * (self.ask.itl_s.get(worker.epoch) or self._usual_itl_s())
 
     def itl_s(self, worker: Candidate) -> float:
         """What its sequences wait for a token, if there are any."""
@@ -219,21 +243,30 @@ class _Scale:
         return worker.load.num_running + worker.load.num_waiting + worker.sent_choices
 
     def _crowd_s(self, worker: Candidate) -> float:
-        return self._num_sequences(worker) * self.weights.sequence_s + self._shortage(worker) * self.weights.no_room_s
+        weights, room = self.weights, self._room(worker)
+        lacking, out_of_sight = room.share_lacking, room.share_out_of_sight
+        missing_s = out_of_sight * weights.no_room_s + (lacking - out_of_sight) * weights.soon_room_s
+        return self._num_sequences(worker) * weights.sequence_s + missing_s
 
-    def _shortage(self, worker: Candidate) -> float:
-        """Share of the blocks needed that are not free, from 0 to 1."""
-        if not worker.load.num_blocks:
-            return 0.0
-        size = self.view.block_size
-        needed = -(-self.num_uncached(worker) // size) + self.ask.num_choices
-        free = worker.load.num_free_blocks - -(-worker.sent_room_tokens // size)
-        return min(1.0, max(0, needed - free) / needed)
+    def _room(self, worker: Candidate) -> Room:
+        size, load = self.view.block_size, worker.load
+        waiting = load.num_waiting_tokens if load.num_waiting else 0  # else they are of what has its room
+        coming = max(worker.sent_room_tokens, self.ask.announced.get(worker.epoch, 0))
+        return Room(
+            load=load,
+            own=-(-self.num_uncached(worker) // size) + self.ask.num_choices,
+            ahead=-(-(coming + waiting) // size) + worker.sent_choices,
+            usual_tokens=self.ask.output_tokens,
+        )
 
     def _usual_rate(self, role: Role) -> float:
         """For a worker that has computed nothing yet: as fast as the fastest of its role."""
         known = (worker.load.tokens_per_s for worker in self.view.workers if worker.role is role)
         return max(known, default=0.0) or self.weights.tokens_per_s
+
+    def _usual_itl_s(self) -> float:
+        """For a worker that was not heard yet: as fast as the fastest."""
+        return min(self.ask.itl_s.values(), default=0.0) or self.weights.token_s
 
 
 def _alive(view: View, role: Role) -> list[Candidate]:
@@ -280,6 +313,20 @@ def _takers(view: View, ask: Ask, role: Role) -> list[Candidate]:
         for worker in _alive(view, role)
         if worker.layout == view.layout and worker.full_for_s <= 0 and worker.epoch not in ask.avoid
     ]
+
+
+def _roomy(workers: list[Candidate], scale: _Scale, goals: Goals) -> list[Candidate]:
+    """Those that will have room for a new request in time. Raises Overloaded where there is none."""
+    bound_s = min(goals.ttft_s or goals.room_s, goals.room_s)
+    late_s = [scale.room_s(worker) - bound_s for worker in workers]
+    if not goals.ttft_s:
+        late_s = [0.0 if math.isinf(late) else late for late in late_s]
+    found = [worker for worker, late in zip(workers, late_s, strict=True) if late <= 0]
+    if not found:
+        message = f"no decode worker would have room for it within {bound_s:g} s"
+        wait_s = min(late_s)
+        raise Overloaded(message, retry_after_s=max(RETRY_AFTER_S, wait_s) if math.isfinite(wait_s) else RETRY_AFTER_S)
+    return found
 
 
 def _unhurried(workers: list[Candidate], scale: _Scale, goals: Goals) -> list[Candidate]:

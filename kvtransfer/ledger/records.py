@@ -196,6 +196,7 @@ def encode_worker(record: WorkerRecord) -> bytes:
                 "num_free_blocks": load.num_free_blocks,
                 "num_blocks": load.num_blocks,
                 "tokens_per_s": float(load.tokens_per_s),
+                "num_soon_free_blocks": load.num_soon_free_blocks,
             },
         }
     )
@@ -227,6 +228,7 @@ def decode_worker(data: bytes) -> WorkerRecord:
             num_free_blocks=load.count("num_free_blocks"),
             num_blocks=load.count("num_blocks"),
             tokens_per_s=load.number("tokens_per_s"),
+            num_soon_free_blocks=load.count_if_any("num_soon_free_blocks"),
         ),
     )
 
@@ -336,6 +338,10 @@ class _Fields:
 
     def count(self, name: str) -> int:
         return self._get(name, lambda value: value if type(value) is int and value >= 0 else None)
+
+    def count_if_any(self, name: str) -> int:
+        """A field that older workers do not write."""
+        return self.count(name) if name in self._fields else 0
 
     def number(self, name: str) -> float:
         return self._get(name, lambda value: value if isinstance(value, float) and math.isfinite(value) else None)

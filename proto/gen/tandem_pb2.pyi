@@ -405,20 +405,22 @@ class Failed(_message.Message):
     def __init__(self, request: _Optional[str] = ..., generation: _Optional[int] = ..., status: _Optional[int] = ..., kind: _Optional[str] = ..., message: _Optional[str] = ..., param: _Optional[str] = ...) -> None: ...
 
 class Load(_message.Message):
-    __slots__ = ("num_running", "num_waiting", "num_waiting_tokens", "num_free_blocks", "num_blocks", "tokens_per_s")
+    __slots__ = ("num_running", "num_waiting", "num_waiting_tokens", "num_free_blocks", "num_blocks", "tokens_per_s", "num_soon_free_blocks")
     NUM_RUNNING_FIELD_NUMBER: _ClassVar[int]
     NUM_WAITING_FIELD_NUMBER: _ClassVar[int]
     NUM_WAITING_TOKENS_FIELD_NUMBER: _ClassVar[int]
     NUM_FREE_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     NUM_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     TOKENS_PER_S_FIELD_NUMBER: _ClassVar[int]
+    NUM_SOON_FREE_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     num_running: int
     num_waiting: int
     num_waiting_tokens: int
     num_free_blocks: int
     num_blocks: int
     tokens_per_s: float
-    def __init__(self, num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., num_waiting_tokens: _Optional[int] = ..., num_free_blocks: _Optional[int] = ..., num_blocks: _Optional[int] = ..., tokens_per_s: _Optional[float] = ...) -> None: ...
+    num_soon_free_blocks: int
+    def __init__(self, num_running: _Optional[int] = ..., num_waiting: _Optional[int] = ..., num_waiting_tokens: _Optional[int] = ..., num_free_blocks: _Optional[int] = ..., num_blocks: _Optional[int] = ..., tokens_per_s: _Optional[float] = ..., num_soon_free_blocks: _Optional[int] = ...) -> None: ...
 
 class ModelCard(_message.Message):
     __slots__ = ("wire_version", "model", "served_names", "digest", "max_model_len", "vocab_size", "eos_token_ids", "block_size", "layout", "hash_namespace", "files")

@@ -269,6 +269,7 @@ def _fill_load(message: pb.Load, load: Load) -> None:
     message.num_free_blocks = load.num_free_blocks
     message.num_blocks = load.num_blocks
     message.tokens_per_s = load.tokens_per_s
+    message.num_soon_free_blocks = load.num_soon_free_blocks
 
 
 def _read_load(message: pb.Load) -> Load:
@@ -281,4 +282,5 @@ def _read_load(message: pb.Load) -> Load:
         message.num_free_blocks,
         message.num_blocks,
         message.tokens_per_s,
+        message.num_soon_free_blocks,
     )

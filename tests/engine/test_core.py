@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import defaultdict
 from collections.abc import Iterable
 
 import pytest
 
-from engine.core import EngineCore
+from engine.core import SOON_FREE_EVERY_S, EngineCore
 from engine.facts import EngineFacts
 from engine.output import Filled, StepOutput
 from proto.errors import InvalidRequest, LocalProtocolError, Overloaded, RemoteProtocolError
@@ -566,3 +567,77 @@ def test_load_counts_what_is_to_be_computed() -> None:
     assert stats.prompt_tokens_computed == 21
     assert stats.generated_tokens == 16
     assert (stats.num_running, stats.num_waiting, stats.num_free_blocks) == (0, 0, 32)
+
+
+def num_soon_free(bench: Bench) -> int:
+    return bench.core.load().num_soon_free_blocks
+
+
+def test_blocks_are_soon_free_when_their_last_sequence_ends_by_its_limit() -> None:
+    """Blocks of 4 tokens; the two prompts have their first 8 tokens, which is two blocks, in common."""
+    bench = Bench(make_facts(max_model_len=128), clock=itertools.count().__next__)
+    bench.core.add(make_request("long", prompt_of(9), max_tokens=100, ignore_eos=True))
+    bench.step()
+    assert num_soon_free(bench) == 0, "it may say 99 more"
+    bench.core.add(make_request("short", [*prompt_of(8), 5, 6], max_tokens=40, ignore_eos=True))
+    while bench.core.load().num_waiting:
+        bench.step()
+    assert num_soon_free(bench) == 0, "39 more are not soon"
+    for _ in range(7):
+        bench.step()
+    assert num_soon_free(bench) == 3, "of 18 tokens, 32 before its end; the two shared ones stay"
+    bench.core.abort(RequestId("long"))
+    assert num_soon_free(bench) == 5
+    bench.drain()
+    assert num_soon_free(bench) == 0
+    assert bench.core.is_idle()
+
+
+def test_blocks_that_choices_share_are_soon_free_when_all_of_them_end() -> None:
+    bench = Bench(clock=itertools.count().__next__)
+    bench.core.add(make_request("a", prompt_of(9), n=3, max_tokens=4, ignore_eos=True))
+    bench.step()
+    load = bench.core.load()
+    assert load.num_soon_free_blocks == load.num_blocks - load.num_free_blocks > 0
+    bench.core.finish_choice(RequestId("a"), 1)
+    load = bench.core.load()
+    assert load.num_soon_free_blocks == load.num_blocks - load.num_free_blocks > 0
+
+
+def test_no_end_is_in_sight_for_what_is_computed_held_or_reserved() -> None:
+    bench = Bench(clock=itertools.count().__next__)
+    bench.core.add(make_request("prompt", prompt_of(30), max_tokens=2, ignore_eos=True))
+    bench.step()
+    assert bench.core.load().num_running == 1
+    assert num_soon_free(bench) == 0, "its prompt is not computed yet"
+    bench.drain()
+    bench.core.add(make_request("held", prompt_of(9), max_tokens=2, ignore_eos=True), hold=True)
+    bench.drain()
+    bench.core.add(
+        make_request("resumed", prompt_of(9, 3), max_tokens=12, forced=((3, 4, 5, 6, 7, 8, 9, 10),)), hold=True
+    )
+    bench.step()
+    assert bench.core.load().num_running == 1
+    assert num_soon_free(bench) == 0, "one token before the end of what is to be computed, it will be held"
+    bench.drain()
+    arriving = prompt_of(9, 5)
+    assert bench.core.reserve(RequestId("reserved"), bench.hasher.all_blocks(arriving), len(arriving), 1)
+    assert bench.core.load().num_free_blocks < bench.facts.num_blocks
+    assert num_soon_free(bench) == 0
+
+
+def test_what_is_soon_free_is_counted_now_and_then_and_is_never_free_already() -> None:
+    times = [0.0]
+    bench = Bench(clock=lambda: times[0])
+    assert num_soon_free(bench) == 0
+    bench.core.add(make_request("a", prompt_of(9), max_tokens=3, ignore_eos=True))
+    bench.core.add(make_request("b", prompt_of(5, 5), max_tokens=9, ignore_eos=True))
+    bench.step()
+    assert num_soon_free(bench) == 0, "as it was a moment ago"
+    times[0] += SOON_FREE_EVERY_S
+    load = bench.core.load()
+    assert load.num_soon_free_blocks == load.num_blocks - load.num_free_blocks > 0
+    while bench.core.has_work():
+        bench.step()
+        now = bench.core.load()
+        assert now.num_soon_free_blocks == min(load.num_soon_free_blocks, now.num_blocks - now.num_free_blocks)

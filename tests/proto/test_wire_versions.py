@@ -14,6 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from proto import layout, wire
+from proto.control import Load, LoadReport
 from proto.errors import RemoteProtocolError
 from proto.gen import tandem_pb2 as pb
 from proto.handoff import Frame, HandoffMessage, Located
@@ -147,6 +148,23 @@ def test_two_versions_apart_is_refused(
     message.wire_version = WIRE_VERSION + 2
     with pytest.raises(RemoteProtocolError, match="does not go with ours"):
         decode(summed(message.SerializeToString()))
+
+
+OLD_LOAD = {"num_running": 3, "num_waiting": 2, "num_waiting_tokens": 70, "num_free_blocks": 5, "num_blocks": 9}
+
+
+def test_a_load_without_soon_free_blocks_is_an_older_worker_s() -> None:
+    report = pb.FromWorker(wire_version=WIRE_VERSION, load_report=pb.Load(**OLD_LOAD, tokens_per_s=1.5))
+    data = summed(report.SerializeToString())
+    assert wire.decode_from_worker(data) == LoadReport(Load(**OLD_LOAD, tokens_per_s=1.5, num_soon_free_blocks=0))
+
+
+def test_an_older_router_reads_a_load_that_says_more() -> None:
+    """As one that has no number 7 in its schema reads ours, this one reads a number that nobody has."""
+    load = Load(**OLD_LOAD, tokens_per_s=1.5, num_soon_free_blocks=4)
+    report = pb.FromWorker.FromString(bare(wire.encode_from_worker(LoadReport(load))))
+    report.load_report.MergeFromString(NEWS)
+    assert wire.decode_from_worker(summed(report.SerializeToString())) == LoadReport(load)
 
 
 def test_a_newer_wire_does_not_make_blocks_foreign(newer: int) -> None:

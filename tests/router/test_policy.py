@@ -87,6 +87,26 @@ def test_decode_without_room_is_the_last_choice_but_not_forbidden() -> None:
     assert names(choose(view(p("p1"), crowded), Ask(num_tokens=100), ALWAYS_PAIR))[1] == "d1"
 
 
+def test_room_that_will_soon_be_there_is_better_than_none_and_worse_than_what_is_free() -> None:
+    def with_room(name: str, free: int, soon: int, running: int = 2) -> Candidate:
+        load = Load(num_running=running, num_blocks=100, num_free_blocks=free, num_soon_free_blocks=soon)
+        return d(name, load=load)
+
+    never, soon, now = with_room("d1", 5, 0), with_room("d2", 5, 60), with_room("d3", 65, 0)
+    for turn in range(3):
+        ask = Ask(num_tokens=100, turn=turn)
+        assert names(choose(view(p("p1"), never, soon), ask, ALWAYS_PAIR))[1] == "d2"
+        assert names(choose(view(p("p1"), never, soon, now), ask, ALWAYS_PAIR))[1] == "d3"
+
+
+def test_what_others_will_grow_by_is_no_room() -> None:
+    """26 blocks are wanted, and 40 free: but 30 sequences will each want another."""
+    busy = d("d1", load=Load(num_running=30, num_blocks=100, num_free_blocks=40))
+    calm = d("d2", load=Load(num_running=60, num_blocks=100, num_free_blocks=90))
+    for turn in range(2):
+        assert names(choose(view(p("p1"), busy, calm), Ask(num_tokens=100, turn=turn), ALWAYS_PAIR))[1] == "d2"
+
+
 def test_room_that_was_just_promised_is_not_free() -> None:
     taken = d("d1", sent_room_tokens=100 * BLOCK_SIZE)
     for turn in range(2):
@@ -225,6 +245,7 @@ def workers(role: Role) -> st.SearchStrategy[Candidate]:
             num_free_blocks=st.integers(0, 100),
             num_blocks=st.just(100),
             tokens_per_s=st.sampled_from([0.0, 500.0, 20_000.0]),
+            num_soon_free_blocks=st.integers(0, 50),
         ),
         st.integers(0, 10_000),
     )

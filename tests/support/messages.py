@@ -147,7 +147,7 @@ FROM_WORKER: st.SearchStrategy[FromWorker] = st.one_of(
     st.builds(Progress, REQUESTS, GENERATIONS, st.sampled_from(Stage), COUNT, COUNT, SECONDS),
     st.builds(Rejected, REQUESTS, GENERATIONS, st.sampled_from(RejectReason), TEXT, st.none() | SECONDS, st.booleans()),
     st.builds(Failed, REQUESTS, GENERATIONS, st.integers(400, 599), NAME, TEXT, st.none() | TEXT),
-    st.builds(LoadReport, st.builds(Load, COUNT, COUNT, COUNT, COUNT, COUNT, SECONDS)),
+    st.builds(LoadReport, st.builds(Load, COUNT, COUNT, COUNT, COUNT, COUNT, SECONDS, COUNT)),
 )
 
 FENCES = st.builds(Fence, REQUESTS, GENERATIONS, TEXT.map(Epoch), TEXT.map(Epoch))

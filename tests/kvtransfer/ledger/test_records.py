@@ -39,7 +39,7 @@ TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
 COUNT = st.integers(0, 2**40)
 HASHES = st.lists(st.binary(min_size=16, max_size=16).map(BlockHash), max_size=6).map(tuple)
 CHANGES = st.one_of(HASHES.map(Stored), HASHES.map(Evicted), st.just(Cleared()))
-LOADS = st.builds(Load, COUNT, COUNT, COUNT, COUNT, COUNT, st.floats(0, 1e9))
+LOADS = st.builds(Load, COUNT, COUNT, COUNT, COUNT, COUNT, st.floats(0, 1e9), COUNT)
 WORKERS = st.builds(
     WorkerRecord,
     worker=TEXT.map(WorkerId),
@@ -118,6 +118,12 @@ def test_a_field_of_the_wrong_type_is_refused_by_its_name(name: str, wrong: obje
     fields[name] = wrong
     with pytest.raises(RemoteProtocolError, match=name if wrong != {} else "num_running"):
         decode_worker(msgpack.packb(fields))
+
+
+def test_what_an_older_worker_does_not_write_is_not_missed() -> None:
+    fields = msgpack.unpackb(encode_worker(dataclasses.replace(worker_record(), scheduling_policy="fcfs")))
+    del fields["scheduling_policy"], fields["load"]["num_soon_free_blocks"]
+    assert decode_worker(msgpack.packb(fields)) == worker_record()
 
 
 def test_fields_of_a_later_version_are_ignored() -> None:
