@@ -55,6 +55,11 @@ class Candidate:
     ignores_priority: bool = False
     """It serves requests as they come."""
 
+    @property
+    def num_queued_tokens(self) -> int:
+        """To be computed there before anything new is."""
+        return self.load.num_waiting_tokens + self.sent_tokens
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class View:
@@ -211,8 +216,8 @@ class _Scale:
         return self.ask.num_choices == 1 and lacking >= threshold and spared >= max(1, threshold)
 
     def compute_s(self, worker: Candidate) -> float:
-        queued = worker.load.num_waiting_tokens + worker.sent_tokens
-        return (queued + self.num_uncached(worker)) / (worker.load.tokens_per_s or self._usual_rate(worker.role))
+        rate = worker.load.tokens_per_s or self._usual_rate(worker.role)
+        return (worker.num_queued_tokens + self.num_uncached(worker)) / rate
 
     def receive_s(self, worker: Candidate) -> float:
         return self.num_uncached(worker) * self.weights.transfer_s_per_token + self._crowd_s(worker)
@@ -338,9 +343,12 @@ def _unhurried(workers: list[Candidate], scale: _Scale, goals: Goals) -> list[Ca
 
 
 def _in_time(worker: Candidate, scale: _Scale, goals: Goals) -> Candidate:
-    """The fastest worker, unless even it is too slow for a new request. Raises Overloaded then."""
+    """The fastest worker, unless even it is too slow for a new request. Raises Overloaded then.
+
+    One with nothing to compute takes what it is given: waiting would not help, and only work tells its rate anew.
+    """
     late_s = scale.compute_s(worker) - goals.ttft_s
-    if scale.ask.is_new and goals.ttft_s and late_s > 0:
+    if scale.ask.is_new and goals.ttft_s and worker.num_queued_tokens and late_s > 0:
         message = f"the first token would take more than {goals.ttft_s:g} s"
         raise Overloaded(message, retry_after_s=max(RETRY_AFTER_S, late_s))
     return worker

@@ -53,6 +53,14 @@ def test_the_first_token_is_predicted_from_the_queue_and_the_rate() -> None:
     assert caught.value.retry_after_s == pytest.approx(9.0)
 
 
+def test_an_idle_worker_takes_what_it_is_given() -> None:
+    """What is known of its rate may be a slow small step's, and nothing but work corrects that."""
+    assert choose(view(prefill("p1", waiting=0, rate=1.0), decode("d1")), NEW, WEIGHTS, Goals(ttft_s=1.0)).prefill
+    assert choose(view(decode("d1")), NEW, WEIGHTS, Goals(ttft_s=0.01)).local
+    with pytest.raises(Overloaded, match="first token"):
+        choose(view(prefill("p1", waiting=1, rate=1.0), decode("d1")), NEW, WEIGHTS, Goals(ttft_s=1.0))
+
+
 def test_a_cached_prompt_meets_a_goal_that_another_does_not() -> None:
     fleet = view(prefill("p1", waiting=950), decode("d1"))
     goals = Goals(ttft_s=1.0)
@@ -207,6 +215,7 @@ def test_a_distrusted_worker_is_the_last_resort_for_decode_and_none_for_prefill(
 
 async def test_nothing_is_sent_for_a_request_that_is_turned_away() -> None:
     house = House("p1", "d1", goals=Goals(ttft_s=0.001))
+    house.fleet.workers[Epoch("epoch-p1")] = prefill("p1", waiting=10)
     with pytest.raises(Overloaded) as caught:
         await house.start(range(100))
     assert caught.value.retry_after_s is not None

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from proto.control import Abort, Attach, Failed, Prefill, Redirect
+from proto.control import Abort, Attach, Prefill, Redirect, Rejected, RejectReason
 from proto.handoff import Frame, HandoffMessage
 from proto.ids import Generation
 from proto.lifecycle import Stage
@@ -179,7 +179,8 @@ async def test_choices_that_have_gone_different_ways_are_refused_by_the_prefill_
     request = make_request(1, prompt_of(LENGTH), max_tokens=24, n=2, temperature=1.0)
     whole = await asked_once(p, first, request)
     p.tier.handle(Prefill(resumed(request, whole), SECOND, second.peer, LEASE_S))
-    await p.router.until(lambda: bool(p.router.of(Failed)))
+    await p.router.until(lambda: bool(p.router.of(Rejected)))
+    assert [each.reason for each in p.router.of(Rejected)] == [RejectReason.UNKNOWN], "no fault of the request's"
     await p.tier.drained()
     await until_idle(p)
 
