@@ -63,8 +63,11 @@ async def test_what_outlasts_the_drain_timeout_goes_on_elsewhere(stack: Stack) -
         await asyncio.gather(*(each.wait() for each in begun))
         decodes[0].signal(signal.SIGTERM)
         assert await asyncio.gather(*asked) == undisturbed
-    said = [line for line in stack.lines if "handed over" in line or "exit status" in line]
-    assert any(f"{decodes[0].spec.name}" in line and "the rest is handed over" in line for line in said), said
-    assert any("died (exit status 0)" in line for line in said), said
+    name = decodes[0].spec.name
+    assert any(line.startswith(name) and "the rest is handed over" in line for line in stack.lines), stack.lines
+    async with asyncio.timeout(30):
+        while not any(line.startswith(name) and "died (exit status" in line for line in stack.lines):  # noqa: ASYNC110
+            await asyncio.sleep(0.05)
+    assert any(line.startswith(name) and "died (exit status 0)" in line for line in stack.lines), stack.lines
     assert await asyncio.to_thread(stack.metric, "tandem_inflight_requests") == 0
     assert not await asyncio.to_thread(stack.open_handoffs)

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from urllib.error import URLError
 
 from kvtransfer.ledger.records import HandoffRecord
 from kvtransfer.ledger.redis import RedisLedger
@@ -163,11 +164,17 @@ class Stack:
 
         return asyncio.run_coroutine_threadsafe(read(), self._loop).result(10)
 
+    def _holds_no_blocks(self, url: str) -> bool:
+        try:
+            return self.metric("vllm:kv_cache_usage_perc", url) == 0
+        except URLError:
+            return False  # it is being started again
+
     def assert_nothing_leaks(self) -> None:
         """Within a while, every block of every pool is free or cached, and the ledger holds no open hand-off."""
         _eventually(lambda: not self.open_handoffs(), "hand-offs stay open on the ledger")
         for url in self.worker_urls():
-            _eventually(lambda url=url: self.metric("vllm:kv_cache_usage_perc", url) == 0, f"{url} still holds blocks")
+            _eventually(lambda url=url: self._holds_no_blocks(url), f"{url} still holds blocks")
             assert self.metric("vllm:num_requests_running", url) == 0
             assert self.metric("vllm:num_requests_waiting", url) == 0
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import pty
@@ -156,7 +157,9 @@ async def test_a_conversation_remembers_what_was_said(server: Server) -> None:
 def test_ctrl_c_at_the_prompt_ends_it_at_once() -> None:
     ours, theirs = pty.openpty()
     command = [sys.executable, "-m", "tandem", "chat", "--model", "m"]
-    with subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs) as process:
+    # A shell ignores Ctrl-C on behalf of what it runs in the background, these tests perhaps.
+    default = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    with subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs, preexec_fn=default) as process:
         shown = b""
         while not shown.endswith(b"> "):
             shown += os.read(ours, 1024)
