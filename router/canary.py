@@ -28,7 +28,6 @@ log = logging.getLogger(__name__)
 
 TIMEOUT_S = 5.0
 NUM_TOKENS = 4
-LAST_PRIORITY = 1_000_000
 AGAIN_S = 1.0
 """Age at which bad news is old."""
 EXCUSE_S = 60.0
@@ -158,7 +157,6 @@ class Canary:
             prompt=prompt,
             params=params,
             cache_salt=secrets.token_hex(8),
-            priority=LAST_PRIORITY,
             label="canary",
             layout=view.layout,
         )
