@@ -202,11 +202,18 @@ class Arena:
         return found[0] if found else None
 
     async def worker_of(self, epoch: Epoch | None) -> Worker:
-        """The worker that is, as the ledger knows it, this incarnation."""
-        async with RedisLedger.from_settings(self._settings.ledger) as ledger:
-            (name,) = [record.worker for record in await ledger.workers() if record.epoch == epoch]
-        (worker,) = [worker for worker in self.workers if worker.name == name]
-        return worker
+        """The worker that is, as the ledger knows it, this incarnation. After a Redis that lost everything it may take a
+        moment to be there again."""
+        found: list[Worker] = []
+
+        async def is_there() -> bool:
+            async with RedisLedger.from_settings(self._settings.ledger) as ledger:
+                names = [record.worker for record in await ledger.workers() if record.epoch == epoch]
+            found[:] = [worker for worker in self.workers if worker.name in names]
+            return bool(found)
+
+        await self._eventually(is_there, SETTLE_S, f"{epoch} is not on the ledger")
+        return found[0]
 
     async def seen(self, role: Role, kind: str, condition: Callable[[Weather], bool]) -> None:
         """Waits until ``condition`` holds for what clients of ``kind`` send to one worker of that tier."""
