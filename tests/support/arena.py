@@ -202,8 +202,8 @@ class Arena:
         return found[0] if found else None
 
     async def worker_of(self, epoch: Epoch | None) -> Worker:
-        """The worker that is, as the ledger knows it, this incarnation. After a Redis that lost everything it may take a
-        moment to be there again."""
+        """The worker that is, as the ledger knows it, this incarnation; a Redis that lost everything may have to be told
+        first."""
         found: list[Worker] = []
 
         async def is_there() -> bool:
