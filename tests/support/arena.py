@@ -202,8 +202,7 @@ class Arena:
         return found[0] if found else None
 
     async def worker_of(self, epoch: Epoch | None) -> Worker:
-        """The worker that is, as the ledger knows it, this incarnation; a Redis that lost everything may have to be told
-        first."""
+        """The worker that is, as the ledger knows it, this incarnation; one that lost everything has to hear of it."""
         found: list[Worker] = []
 
         async def is_there() -> bool:
