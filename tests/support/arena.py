@@ -23,7 +23,7 @@ from typing import Any
 import aiohttp
 
 from bench.chaos.proxy import Proxy, Weather
-from kvtransfer.ledger.records import HandoffRecord
+from kvtransfer.ledger.records import HandoffRecord, LedgerAway, WorkerRecord
 from kvtransfer.ledger.redis import RedisLedger
 from proto.control import Role
 from proto.ids import Epoch
@@ -202,17 +202,14 @@ class Arena:
         return found[0] if found else None
 
     async def worker_of(self, epoch: Epoch | None) -> Worker:
-        """The worker that is, as the ledger knows it, this incarnation; one that lost everything has to hear of it."""
-        found: list[Worker] = []
+        """The worker that is, as the ledger knows it, this incarnation."""
+        (name,) = [record.worker for record in await self._on_ledger() if record.epoch == epoch]
+        (worker,) = [worker for worker in self.workers if worker.name == name]
+        return worker
 
-        async def is_there() -> bool:
-            async with RedisLedger.from_settings(self._settings.ledger) as ledger:
-                names = [record.worker for record in await ledger.workers() if record.epoch == epoch]
-            found[:] = [worker for worker in self.workers if worker.name in names]
-            return bool(found)
-
-        await self._eventually(is_there, SETTLE_S, f"{epoch} is not on the ledger")
-        return found[0]
+    async def _on_ledger(self) -> list[WorkerRecord]:
+        async with RedisLedger.from_settings(self._settings.ledger) as ledger:
+            return await ledger.workers()
 
     async def seen(self, role: Role, kind: str, condition: Callable[[Weather], bool]) -> None:
         """Waits until ``condition`` holds for what clients of ``kind`` send to one worker of that tier."""
@@ -307,13 +304,15 @@ class Arena:
     # Is all well?
 
     async def ready(self) -> None:
-        """Until every router serves with every worker that there should be."""
+        """Until every router serves with every worker that there should be, and the ledger has them."""
 
         async def is_ready() -> bool:
             for worker in self.workers:
                 async with self._http.get(f"http://127.0.0.1:{worker.http_port}/health") as reply:
                     if reply.status != 200:
                         return False
+            if len(await self._on_ledger()) < len(self.workers):
+                return False
             reports = [await self.readiness(number) for number in range(self._num_routers)]
             wanted = (len(self.of(Role.PREFILL)), len(self.of(Role.DECODE)))
             return all(
@@ -405,7 +404,7 @@ class Arena:
             try:
                 if await condition():
                     return
-            except (aiohttp.ClientError, OSError):
+            except (aiohttp.ClientError, OSError, LedgerAway):
                 pass
             assert time.monotonic() < deadline, "\n".join([otherwise, *self._last_words()])
             await asyncio.sleep(0.1)
