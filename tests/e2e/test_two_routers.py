@@ -29,7 +29,7 @@ from tests.support.stack import stack_settings
 MAX_LEN = 32_768
 FOR_EVER = 32_000
 """So many tokens take longer than anybody waits here."""
-NUM_LONG = 150
+NUM_LONG = 250
 NUM_SHORT = 60
 FREED_S = 20.0
 """From a router's death until nothing is left of it. Its leases end five seconds after its streams, and the streams of
@@ -228,7 +228,8 @@ async def kill_one(arena: Arena, expected: Tokens) -> None:
     assert pid is not None
     os.kill(pid, signal.SIGKILL)
     moment = time.monotonic()
-    assert all(answer.finish is None for answer in (*doomed, *safe))
+    assert all(answer.finish is None for answer in doomed)
+    assert any(answer.finish is None for answer in safe), "the first may be over by the time that the last has begun"
     await asyncio.gather(*tasks)
     assert all(answer.error is not None for answer in doomed)
     assert [(answer.error, answer.tokens) for answer in safe] == [(None, tokens) for tokens in expected]
