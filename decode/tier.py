@@ -269,7 +269,8 @@ class DecodeTier:
     async def adopted(self, fence: Fence, seal: Seal, num_bytes: int, duration_s: float) -> None:
         """Every block is verified and in place. What is not wanted any more is freed by ``_drop`` or by ``freed``."""
         if (seat := self._seat_of(fence)) is None:
-            self._host.tell(partial(_let_go, key=try_id(fence.request, fence.generation), num_verified=seal.num_blocks))
+            key = try_id(fence.request, fence.generation)
+            self._host.tell(lambda core: core.abort(key, seal.num_blocks))
             return
         seat.arrived, seat.is_receiving = seal.choices, False
         self._progress(seat, Stage.ADOPTED, num_bytes=num_bytes, duration_s=duration_s)
@@ -370,7 +371,7 @@ class DecodeTier:
         self._fences.end(seat.request, seat.generation, self._now())
         if not seat.is_receiving:
             num_verified = 0 if seat.arrived is None else len(seat.hashes)
-            self._host.tell(partial(_let_go, key=seat.key, num_verified=num_verified))
+            self._host.tell(lambda core: core.abort(seat.key, num_verified))
         self._note_idle()
 
     # Helpers.
@@ -401,12 +402,6 @@ def _reserve(core: EngineCore, *, kv: KvMemory, key: RequestId, offer: Offer) ->
     reservation = core.reserve(key, offer.hashes, offer.num_tokens, offer.num_choices)
     kv.fence()
     return reservation
-
-
-def _let_go(core: EngineCore, *, key: RequestId, num_verified: int) -> None:
-    """Of room that nobody came for, too: the blocks that were verified stay in the prefix cache."""
-    core.cancel(key, num_verified)
-    core.abort(key)
 
 
 def _finish_choice(core: EngineCore, *, key: RequestId, choice: int) -> None:

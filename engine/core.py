@@ -116,15 +116,16 @@ class EngineCore:
             self._live.enqueue(track, is_urgent=request.is_resumed)
         self._stepper.wake()
 
-    def abort(self, request: RequestId) -> None:
-        """Lets go of everything of the request, in whichever stage it is. May be repeated; says nothing."""
+    def abort(self, request: RequestId, num_verified: int = 0) -> None:
+        """Lets go of everything of the request, in whichever stage it is; of a reservation as ``cancel`` does. May be
+        repeated; says nothing."""
         live = self._live
         for waiting in live.waiting.of(request):
             live.drop_waiting(waiting)
         for sequence in live.running_of(request):
             live.finish(sequence)
         self.release(request)
-        self.cancel(request)
+        self.cancel(request, num_verified)
 
     def finish_choice(self, request: RequestId, choice: int) -> None:
         """Nobody wants more of this choice. May be repeated. A held prompt's choices go on: they end elsewhere."""

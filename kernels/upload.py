@@ -12,10 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-Numbers = Sequence[int] | Sequence[float] | Sequence[Sequence[int]] | Sequence[Sequence[float]] | np.ndarray
+from kernels.alignment import aligned
 
-_ALIGNMENT = 2
-"""int64 numbers: kernels load 16 bytes at once where a tensor begins at a multiple of them."""
+Numbers = Sequence[int] | Sequence[float] | Sequence[Sequence[int]] | Sequence[Sequence[float]] | np.ndarray
 
 
 def upload(numbers: Numbers, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -34,7 +33,7 @@ def upload_together(parts: Sequence[np.ndarray], device: torch.device) -> list[T
     """int64 tensors of ``parts``; to a GPU in one copy."""
     if device.type == "cpu":
         return [torch.from_numpy(np.ascontiguousarray(part, dtype=np.int64)) for part in parts]
-    sizes = [part.size + -part.size % _ALIGNMENT for part in parts]
+    sizes = [aligned(part.size, torch.int64) for part in parts]
     packed = np.zeros(sum(sizes), dtype=np.int64)
     starts = [sum(sizes[:index]) for index in range(len(parts))]
     for part, start in zip(parts, starts, strict=True):

@@ -14,6 +14,7 @@ import torch
 import triton
 from torch import Tensor
 
+from kernels.alignment import aligned
 from kernels.triton import attention_kernels
 from kernels.triton.runtime import Target
 from kernels.types import AttentionSpec, PagedKv, Ragged
@@ -23,8 +24,6 @@ _DECODE_WAVES = 8
 """Programs per processor that splitting aims at: many short ones end together, and each still reads whole tiles."""
 _CHUNK_WAVES = 1
 """Less for chunks: a tall tile keeps a processor busy by itself, and what its splits found is much to merge."""
-_ALIGNMENT = 4
-"""float32 numbers: Triton makes another program for memory that does not begin at a multiple of 16 bytes."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,7 +176,7 @@ class _Partial:
         tokens, heads, head_dim = query.shape
         shape = (tokens if splits > 1 else 0, heads, splits)
         count = prod(shape)
-        sizes = [size + -size % _ALIGNMENT for size in (count * head_dim, count, count)]
+        sizes = [aligned(size, torch.float32) for size in (count * head_dim, count, count)]
         return cls(*torch.empty(sum(sizes), dtype=torch.float32, device=query.device).split_with_sizes(sizes))
 
 

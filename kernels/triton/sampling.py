@@ -12,6 +12,7 @@ import torch
 import triton
 from torch import Tensor
 
+from kernels.alignment import aligned
 from kernels.triton import sampling_kernels
 from kernels.types import DrawRules
 from kernels.upload import upload
@@ -19,8 +20,6 @@ from kernels.upload import upload
 _SPAN = 8192
 _BLOCK = 1024
 _CUT_BLOCK = 4096
-_ALIGNMENT = 4
-"""float32 numbers: Triton makes another program for memory that does not begin at a multiple of 16 bytes."""
 
 
 def draw(scores: Tensor, rules: DrawRules) -> Tensor:
@@ -57,9 +56,8 @@ def _thresholds(scores: Tensor, temperatures: Tensor, rules: DrawRules) -> Tenso
     top_k = [k if 0 < k < vocab_size else 0 for k in rules.top_k]
     cutting = [row for row in rules.random_rows if rules.min_p[row] > 0 or top_k[row] or rules.top_p[row] < 1]
     if cutting:
-        # Each list begins at a multiple of 16 bytes, however many there are: else ``cut`` would be compiled once more.
         count = len(cutting)
-        limits = np.zeros((3, count + -count % _ALIGNMENT), dtype=np.float32)
+        limits = np.zeros((3, aligned(count, torch.float32)), dtype=np.float32)
         limits[0, :count] = [math.log(rules.min_p[row]) if rules.min_p[row] > 0 else -math.inf for row in cutting]
         limits[1, :count] = [top_k[row] for row in cutting]
         limits[2, :count] = [rules.top_p[row] for row in cutting]

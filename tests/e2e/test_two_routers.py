@@ -72,12 +72,6 @@ def expected(checkpoint: Path) -> Tokens:
 
 
 @pytest.fixture(scope="module")
-def runner() -> Iterator[asyncio.Runner]:
-    with asyncio.Runner() as runner:
-        yield runner
-
-
-@pytest.fixture(scope="module")
 def arena(runner: asyncio.Runner, checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Arena]:
     settings = stack_settings(checkpoint, prefill=2, decode=2, num_blocks=5000, max_model_len=MAX_LEN)
     settings = replace(settings, worker=replace(settings.worker, drain_timeout=30.0))

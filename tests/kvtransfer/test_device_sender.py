@@ -84,6 +84,16 @@ def start(store: DeviceStore, connect: Connect, ear: Ear) -> tuple[SendSession, 
     return session, asyncio.create_task(session.run())
 
 
+async def reading(store: WatchedStore, d: tuple[Link, Connect], ear: Ear) -> tuple[SendSession, asyncio.Task[None]]:
+    """Started and granted; its first blocks are being read."""
+    link, connect = d
+    session, running = start(store, connect, ear)
+    offer = await link.receive()
+    await link.send(Grant(offer.fence, 0, "memory"))
+    assert await asyncio.to_thread(store.watched.is_reading.wait, 20)
+    return session, running
+
+
 async def test_the_event_loop_reads_no_block(store: WatchedStore) -> None:
     network, tier, ear = MemoryNetwork(), Tier(Store(NUM_BLOCKS, BIG)), Ear()
 
@@ -132,12 +142,8 @@ async def test_several_are_read_at_a_time_in_order_and_one_that_is_wanted_again_
 async def test_a_release_waits_for_the_read_that_is_under_way(
     is_cancelled: bool, store: WatchedStore, d: tuple[Link, Connect]
 ) -> None:
-    link, connect = d
     ear = Ear()
-    session, running = start(store, connect, ear)
-    offer = await link.receive()
-    await link.send(Grant(offer.fence, 0, "memory"))
-    assert await asyncio.to_thread(store.watched.is_reading.wait, 20)
+    session, running = await reading(store, d, ear)
     if is_cancelled:
         running.cancel()
     else:
@@ -155,12 +161,8 @@ async def test_a_release_waits_for_the_read_that_is_under_way(
 async def test_a_device_that_is_lost_while_blocks_are_read_is_our_own_fault(
     store: WatchedStore, d: tuple[Link, Connect]
 ) -> None:
-    link, connect = d
     ear = Ear()
-    _, running = start(store, connect, ear)
-    offer = await link.receive()
-    await link.send(Grant(offer.fence, 0, "memory"))
-    assert await asyncio.to_thread(store.watched.is_reading.wait, 20)
+    _, running = await reading(store, d, ear)
     store.lane.lose_device()
     store.watched.may_read.set()
     with pytest.raises(DeviceLost):
