@@ -124,9 +124,9 @@ class Fields:
 
     def text(self, name: str) -> str | None:
         value = self.raw(name)
-        if value is None or isinstance(value, str):
-            return None if value is None else check_unicode(value, self._path + name)
-        return self._wrong(name, "a string", value)
+        if isinstance(value, str):
+            return check_unicode(value, self._path + name)
+        return value if value is None else self._wrong(name, "a string", value)
 
     def object(self, name: str) -> Fields | None:
         value = self.raw(name)
@@ -176,8 +176,11 @@ def wrong_type(name: str, wanted: str, value: Json) -> InvalidRequest:
 
 def check_unicode(text: str, name: str) -> str:
     """``text``, without half of a surrogate pair: JSON can spell that, and no encoding. Raises InvalidRequest."""
-    if not text.isascii() and any("\ud800" <= char <= "\udfff" for char in text):
-        raise InvalidRequest(f"{name} is not valid Unicode text: it holds half of a surrogate pair.", param=name)
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        message = f"{name} is not valid Unicode text: it holds half of a surrogate pair."
+        raise InvalidRequest(message, param=name) from None
     return text
 
 
