@@ -319,6 +319,10 @@ class DecodeTier:
                 self._progress(seat, Stage.DECODING, num_cached=seat.num_cached)
             outgoing.append((seat.generation, self._record(seat, replace(token, request=seat.request))))
         self._routers.send_tokens(outgoing)
+        for key in output.failed:
+            if seat := self._by_key.get(key):
+                self._news.fail_not_finite(seat.request, seat.generation)
+                self._drop(seat, "its logits are not finite")
 
     def _record(self, seat: Seat, token: TokenOut) -> TokenOut:
         seat.record(token)

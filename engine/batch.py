@@ -67,5 +67,6 @@ class Sampled:
     logprobs: TokenLogprobs | None = None
 
 
-StepResult = tuple[tuple[Sampled, ...], ...]
-"""Per row, per sample of that row, in the batch's order."""
+StepResult = tuple[tuple[Sampled, ...] | None, ...]
+"""Per row, per sample of that row, in the batch's order. None: the row's logits are not finite, and any token would be
+a lie. Values too large for the model's type, damaged weights, or damaged keys and values."""

@@ -4,8 +4,8 @@
     device            └─ 1 ───────────────────────────▶└─ 2 ─────────────────────────▶ └─ 3 ──
     page-locked memory                      tokens of 1 ┘                  tokens of 2 ┘
 
-A step's tokens stay on the device as the next one's input; a copy of them, and of whether all logits were finite, comes
-back with an event. Called on the engine's thread.
+A step's tokens stay on the device as the next one's input; a copy of them, and of whose logits were finite, comes back
+with an event. Called on the engine's thread.
 """
 
 from __future__ import annotations
@@ -22,27 +22,27 @@ from engine.facts import EngineFacts
 from engine.graphs import DecodeGraphs
 from engine.kv_memory import KvMemory
 from engine.model import Decoder
-from engine.runner import check_finite, draws_of, per_row
+from engine.runner import draws_of, finite_rows, per_row
 from engine.sampler import Draw
 from engine.step_inputs import flatten
 
 
 @dataclass(frozen=True, slots=True)
 class DeviceStep:
-    """A step that was submitted. ``drawn`` and ``num_bad`` are on the host, and filled once ``wait`` has returned."""
+    """A step that was submitted. ``drawn`` and ``is_finite`` are on the host, and filled once ``wait`` has returned."""
 
     batch: StepBatch
+    logit_row: Sequence[int | None]
     draws: Sequence[Draw]
     drawn: Drawn | None
-    num_bad: Tensor
-    num_logits: int
+    is_finite: Tensor
     wait: Callable[[], None]
 
     def result(self) -> StepResult:
         """As ``Runner.run``."""
         self.wait()
-        check_finite(int(self.num_bad), self.num_logits)
-        return per_row(self.batch, [] if self.drawn is None else self.drawn.sampled(self.draws))
+        sampled = [] if self.drawn is None else self.drawn.sampled(self.draws)
+        return per_row(self.batch, self.logit_row, sampled, self.is_finite)
 
 
 class DeviceRunner:
@@ -60,7 +60,7 @@ class DeviceRunner:
 
     @torch.inference_mode()
     def submit(self, batch: StepBatch) -> DeviceStep:
-        """Queues the step. Its ``result`` raises LocalFault where logits are not finite."""
+        """Queues the step."""
         device = self._model.device
         for source, destination in batch.copies:
             self._kv.copy(source, destination)
@@ -73,10 +73,9 @@ class DeviceRunner:
                 logits, draws, kernels.draw, self._tokens, is_batch_invariant=kernels.is_batch_invariant
             )
             self._tokens = drawn.tokens
-        num_bad = (~torch.isfinite(logits.sum(-1))).sum()
         here = None if drawn is None else drawn.on_host()
-        bad_here = num_bad.to("cpu", non_blocking=True)
-        return DeviceStep(batch, draws, here, bad_here, logits.shape[0], _mark(device))
+        is_finite = finite_rows(logits).to("cpu", non_blocking=True)
+        return DeviceStep(batch, logit_row, draws, here, is_finite, _mark(device))
 
     def _forward(self, batch: StepBatch) -> tuple[Tensor, Sequence[int | None]]:
         """Logits, and which row of them is each row's."""

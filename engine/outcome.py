@@ -13,7 +13,7 @@ from engine.output import Filled
 from engine.population import Population
 from engine.rules import Ending
 from engine.sequence import Running, Track
-from proto.ids import BlockId
+from proto.ids import BlockId, RequestId
 from proto.request import TokenOut
 
 
@@ -29,6 +29,7 @@ class Outcome:
     def __init__(self, live: Population, kv: KvLike, block_size: int) -> None:
         self.tokens: list[TokenOut] = []
         self.filled: list[Filled] = []
+        self.failed: list[RequestId] = []
         self.num_prompt_tokens = 0
         self._live = live
         self._kv = kv
@@ -45,6 +46,11 @@ class Outcome:
             self._advance(sequence, sampled[0])
         elif sampled:
             self._fork(sequence, sampled)
+
+    def fail(self, sequence: Running) -> None:
+        """What was computed of ``sequence`` is no number: its request ends here, with all of its choices."""
+        self.failed.append(sequence.track.id)
+        self._live.fail(sequence.track.id)
 
     def _advance(self, sequence: Running, drawn: Sampled) -> None:
         track = sequence.track

@@ -25,12 +25,17 @@ class Filled:
 
 @dataclass(frozen=True, slots=True)
 class StepOutput:
-    """One step. ``num_cached`` goes with ``started``: prompt tokens that each one found in the prefix cache."""
+    """One step. ``num_cached`` goes with ``started``: prompt tokens that each one found in the prefix cache.
+
+    ``failed`` requests have no more tokens: the model gave no finite numbers for one of their choices. What they had
+    announced stays until release() or abort().
+    """
 
     tokens: tuple[TokenOut, ...] = ()
     started: tuple[RequestId, ...] = ()
     filled: tuple[Filled, ...] = ()
     preempted: tuple[RequestId, ...] = ()
+    failed: tuple[RequestId, ...] = ()
     num_tokens: int = 0
     duration_s: float = 0.0
     num_cached: tuple[int, ...] = ()

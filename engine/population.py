@@ -139,6 +139,18 @@ class Population:
         self._branch(tracks, sequence.blocks, sequence.num_computed, [()] * len(tracks))
         self._forget_sequence(sequence.track.id)
 
+    def fail(self, request: RequestId) -> None:
+        """Ends all choices of a request whose KV is not to be trusted: nobody is to match it. What was announced stays
+        until release(), since somebody may be reading it."""
+        for waiting in self.waiting.of(request):
+            self.drop_waiting(waiting)
+        for sequence in self.running_of(request):
+            self.cache.forget(sequence.blocks)
+            if sequence.num_announced > 0:
+                self.hold(sequence)
+            else:
+                self.finish(sequence)
+
     def drop_waiting(self, waiting: Waiting) -> None:
         self.waiting.remove(waiting)
         self._forget_sequence(waiting.track.id)

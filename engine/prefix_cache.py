@@ -63,11 +63,7 @@ class PrefixCache:
         Raises LocalProtocolError when fewer are free: callers decide by ``num_free`` first.
         """
         blocks = self._pool.allocate(num_blocks)
-        for block in blocks:
-            block_hash = self._hash_of.pop(block, None)
-            if block_hash is not None:
-                del self._block_of[block_hash]
-                self._note_evicted(block_hash)
+        self.forget(blocks)
         return blocks
 
     def cost_of_pinning(self, blocks: Sequence[BlockId]) -> int:
@@ -103,6 +99,14 @@ class PrefixCache:
         else:
             self._new[block_hash] = None
         return True
+
+    def forget(self, blocks: Sequence[BlockId]) -> None:
+        """These match no more, and nothing that continues them. Whoever uses them keeps them."""
+        for block in blocks:
+            block_hash = self._hash_of.pop(block, None)
+            if block_hash is not None:
+                del self._block_of[block_hash]
+                self._note_evicted(block_hash)
 
     def clear(self) -> None:
         """Forgets all content. Blocks in use stay with their users, but match no more."""

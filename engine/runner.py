@@ -9,6 +9,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from engine.batch import Sampled, StepBatch, StepResult
 from engine.facts import EngineFacts
@@ -16,7 +17,6 @@ from engine.kv_memory import KvMemory
 from engine.model import Decoder
 from engine.sampler import Draw, sample
 from engine.step_inputs import flatten
-from proto.errors import LocalFault
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,19 +42,25 @@ class Runner:
         return Done(self.run(batch))
 
     def run(self, batch: StepBatch) -> StepResult:
-        """One tuple per row, with one ``Sampled`` per sample of that row, in the batch's order.
-
-        Raises LocalFault when logits are not finite: broken weights or an overflow, and any token would be a lie.
-        """
+        """One tuple per row, with one ``Sampled`` per sample of that row, in the batch's order; None for a row whose
+        logits are not finite."""
         for source, destination in batch.copies:
             self._kv.copy(source, destination)
         if not batch.rows:
             return ()
         flattened = flatten(batch, self._facts.block_size, self._model.device)
         logits = self._model.forward(flattened.inputs, self._kv.paged)
-        check_finite(int((~torch.isfinite(logits.sum(-1))).sum()), logits.shape[0])
+        is_finite = finite_rows(logits)
+        if not is_finite.all():
+            logits = logits.masked_fill(~is_finite[:, None], 0.0)  # what is drawn of these is thrown away
         draws = draws_of(batch, flattened.logit_row)
-        return per_row(batch, sample(logits, draws, self._model.kernels.draw))
+        drawn = sample(logits, draws, self._model.kernels.draw)
+        return per_row(batch, flattened.logit_row, drawn, is_finite)
+
+
+def finite_rows(logits: Tensor) -> Tensor:
+    """Bool ``[rows]`` of ``logits [rows, vocab_size]``: whether all of a row's are finite."""
+    return torch.isfinite(logits.sum(-1))
 
 
 def draws_of(batch: StepBatch, logit_row: Sequence[int | None]) -> list[Draw]:
@@ -67,16 +73,13 @@ def draws_of(batch: StepBatch, logit_row: Sequence[int | None]) -> list[Draw]:
     ]
 
 
-def per_row(batch: StepBatch, sampled: Iterable[Sampled]) -> StepResult:
-    """What was drawn, shared out to the batch's rows."""
+def per_row(
+    batch: StepBatch, logit_row: Sequence[int | None], sampled: Iterable[Sampled], is_finite: Tensor
+) -> StepResult:
+    """What was drawn, shared out to the batch's rows. ``is_finite``: as ``finite_rows``, on the host."""
     drawn = iter(sampled)
-    return tuple(tuple(next(drawn) for _ in row.samples) for row in batch.rows)
-
-
-def check_finite(num_bad: int, num_rows: int) -> None:
-    """Raises LocalFault where some rows' logits are not finite: no token would mean anything."""
-    if num_bad:
-        raise LocalFault(
-            f"The model gave logits that are not finite for {num_bad} of {num_rows} sequences in this step: "
-            "damaged weights, or values too large for the model's type."
-        )
+    shared = [tuple(next(drawn) for _ in row.samples) for row in batch.rows]
+    finite: list[bool] = is_finite.tolist()
+    return tuple(
+        each if number is None or finite[number] else None for each, number in zip(shared, logit_row, strict=True)
+    )

@@ -10,7 +10,7 @@ RATE_WINDOW_S = 10.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineStats:
-    """Counters since the start (first seven) and gauges of now. Tokens unless named otherwise."""
+    """Counters since the start (first eight) and gauges of now. Tokens unless named otherwise."""
 
     num_steps: int
     num_preemptions: int
@@ -20,6 +20,8 @@ class EngineStats:
     """Rows of more than a decode token, recomputation after preemptions included."""
     generated_tokens: int
     busy_s: float
+    num_failed: int
+    """Requests whose logits were not finite."""
     num_running: int
     num_waiting: int
     num_held: int
@@ -39,6 +41,7 @@ class Meter:
     prompt_tokens_computed: int = 0
     generated_tokens: int = 0
     busy_s: float = 0.0
+    num_failed: int = 0
     _recent_tokens: float = 0.0
     _recent_s: float = 0.0
 
@@ -79,6 +82,7 @@ class Meter:
             prompt_tokens_computed=self.prompt_tokens_computed,
             generated_tokens=self.generated_tokens,
             busy_s=self.busy_s,
+            num_failed=self.num_failed,
             num_running=num_running,
             num_waiting=num_waiting,
             num_held=num_held,

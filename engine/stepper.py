@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -30,7 +30,11 @@ from engine.population import Population
 from engine.scheduler import Schedule, Scheduler
 from engine.sequence import Running, num_blocks_for
 from engine.stats import Meter
+from proto.errors import LocalFault
 from proto.ids import BlockId, RequestId
+
+MAX_FAILED_IN_A_ROW = 16
+"""Requests whose numbers were not finite, with none between them whose were. More: it is not the requests."""
 
 UNKNOWN = 0
 """Stands for a token that a row will have from the step before."""
@@ -99,6 +103,7 @@ class Stepper:
         self._clock = clock
         self._under_way: _UnderWay | None = None
         self._last_end = clock()
+        self._num_failed_in_a_row = 0
         # What the last decision found: somebody left out for want of blocks or a seat; nothing at all that it could do.
         self.is_full = False
         self._is_stuck = False
@@ -115,7 +120,10 @@ class Stepper:
         return not self._is_stuck and (len(self._live.running) > 0 or len(self._live.waiting) > 0)
 
     def step(self) -> StepOutput:
-        """Completes one batch. What the runner raises passes through; the same work is then tried again by the next."""
+        """Completes one batch. What the runner raises passes through; the same work is then tried again by the next.
+
+        Raises LocalFault where the numbers of request after request are not finite.
+        """
         if self._under_way is None:
             self._under_way = self._submit(self._schedule())
         current = self._under_way
@@ -248,18 +256,34 @@ class Stepper:
             started=step.started,
             filled=tuple(outcome.filled),
             preempted=preempted,
+            failed=tuple(outcome.failed),
             num_tokens=num_tokens,
             duration_s=duration_s,
             num_cached=num_cached,
         )
 
-    def _apply_row(self, outcome: Outcome, row: tuple[Running, int], sampled: Iterable[Sampled]) -> int:
+    def _apply_row(self, outcome: Outcome, row: tuple[Running, int], sampled: tuple[Sampled, ...] | None) -> int:
         """How many tokens were computed: none for a sequence that has ended meanwhile."""
         sequence, num_tokens = row
         if not self._live.land(sequence, num_tokens):
             return 0
-        outcome.apply(sequence, num_tokens, tuple(sampled))
+        if sampled is None:
+            self._fail_request(outcome, sequence)
+            return num_tokens
+        if sampled:
+            self._num_failed_in_a_row = 0
+        outcome.apply(sequence, num_tokens, sampled)
         return num_tokens
+
+    def _fail_request(self, outcome: Outcome, sequence: Running) -> None:
+        self._num_failed_in_a_row += 1
+        self._meter.num_failed += 1
+        if self._num_failed_in_a_row > MAX_FAILED_IN_A_ROW:
+            raise LocalFault(
+                f"The model gave logits that are not finite for {self._num_failed_in_a_row} requests in a row: "
+                "damaged weights, or values too large for the model's type."
+            )
+        outcome.fail(sequence)
 
 
 def _is_plain(sequence: Running, num_tokens: int) -> bool:

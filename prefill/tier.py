@@ -214,6 +214,10 @@ class PrefillTier:
         for key, tokens in first_tokens.items():
             if (job := self._by_key.get(key)) and all(token.finish is not None for token in tokens):
                 self._drop(job, "finished at the first token")
+        for key in output.failed:
+            if job := self._by_key.get(key):
+                self._news.fail_not_finite(job.request.id, job.generation)
+                self._drop(job, "its logits are not finite")
 
     def _send_tokens(self, first_tokens: dict[RequestId, list[TokenOut]]) -> None:
         """At once, whatever the decode worker does: the time to the first token is the prefill's."""

@@ -21,6 +21,7 @@ TandemError
 │   ├── StaleMessage           an old generation or a foreign epoch
 │   ├── LayoutMismatch         the peer's KV blocks cannot be ours
 │   └── CorruptBlock           bytes that do not match their checksum
+├── NotFinite                  500, the model and the request do not go together
 └── LocalFault                 our own bug: 500
     ├── LocalProtocolError     we asked a state machine for an illegal move
     └── DeviceLost             this process can use its GPU no more, and must end
@@ -149,6 +150,15 @@ class LayoutMismatch(RemoteFault):
 
 class CorruptBlock(RemoteFault):
     """A block's bytes do not match its checksum."""
+
+
+class NotFinite(TandemError):
+    """The model gave logits that are not finite, and any token would be a lie.
+
+    Values too large for its type, or a worker whose weights or memory are damaged: which of them, another worker tells.
+    """
+
+    kind = "NotFiniteError"
 
 
 class LocalFault(TandemError):

@@ -16,7 +16,7 @@ from collections.abc import Iterable
 from functools import partial
 
 from proto.control import Failed, FromRouter, Progress, Rejected, RejectReason
-from proto.errors import DeadlineExceeded, LocalFault, NoWorker, Overloaded, TandemError, WorkerLost
+from proto.errors import DeadlineExceeded, LocalFault, NotFinite, NoWorker, Overloaded, TandemError, WorkerLost
 from proto.ids import Epoch, Generation, RequestId
 from proto.lifecycle import NOT_BEGUN, Stage
 from proto.request import Request, TokenOut
@@ -56,6 +56,8 @@ class Life:
         self.current = Try(request, Generation(0), None, Generation(0), None, local=True)
         self._need: Remedy | None = None
         self._num_faults = 0
+        # Where its numbers were not finite: the worker's fault, if another one serves it.
+        self._doubted: Epoch | None = None
         self._is_under_way = False
         self._search = Search(dispatcher, rules, timers, self.wake)
         self._watch = Watch(timers, self._late)
@@ -190,14 +192,19 @@ class Life:
             self._recover(remedy, counts=not is_nobodys_fault(news.reason))
 
     def failed(self, epoch: Epoch, news: Failed) -> None:
-        """The request cannot be served there. One that others have served so far is tried elsewhere."""
+        """The request cannot be served there. One that others have served so far is tried elsewhere; so is one whose
+        numbers are not finite, once: the next worker tells whose fault it is."""
         side = self._admit(epoch, news.generation)
         if side is None or (side is Side.PREFILL and self.current.adopted):
             return
         error = error_of(news, self.stage.value)
         if isinstance(error, LocalFault):
             self._dispatcher.failed_on(epoch)
-        if not self.current.request.is_resumed:
+        is_final = not self.current.request.is_resumed
+        if isinstance(error, NotFinite):
+            is_final = self._doubted is not None
+            self._doubted = epoch
+        if is_final:
             self.fail(error)
             return
         log.warning("%s: %s cannot go on with it: %s", self.id, epoch, error.message)
@@ -406,6 +413,8 @@ class Life:
         if stage is Stage.FINISHED:
             for worker in self.current.workers():
                 self._dispatcher.served_by(worker.epoch)
+            if self._doubted is not None:
+                self._dispatcher.failed_on(self._doubted)
         decode_knows = (self.current.local or self.current.adopted) and not self.assembly.stopped_choices()
         if not (stage is Stage.FINISHED and decode_knows):
             self._send(self.current.leave(keep_prefill=False))

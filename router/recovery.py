@@ -30,6 +30,7 @@ from proto.control import Failed, RejectReason
 from proto.errors import (
     InvalidRequest,
     LocalFault,
+    NotFinite,
     NotSupported,
     Overloaded,
     TandemError,
@@ -104,6 +105,8 @@ _BY_STATUS: dict[int, type[TandemError]] = {400: InvalidRequest, 429: Overloaded
 
 def error_of(failed: Failed, stage: str) -> TandemError:
     """The error a worker's Failed stands for. What is not the client's fault and not known is ours."""
+    if failed.kind == NotFinite.kind:
+        return NotFinite(failed.message, stage=stage)
     known = _BY_STATUS.get(failed.status)
     if known is None:
         known = UserError if 400 <= failed.status < 500 else LocalFault

@@ -6,7 +6,7 @@ import asyncio
 import logging
 
 from proto.control import Failed, Progress, Rejected, RejectReason
-from proto.errors import LocalFault, Overloaded, TandemError, UserError
+from proto.errors import LocalFault, NotFinite, Overloaded, TandemError, UserError
 from proto.ids import Generation, RequestId
 from proto.lifecycle import Stage
 from service.metrics import WorkerMetrics
@@ -50,6 +50,15 @@ class News:
     ) -> None:
         self._routers.send(request, Rejected(request, generation, reason, message, retry_after_s, held))
 
+    def fail(self, request: RequestId, generation: Generation, error: TandemError) -> None:
+        """The request itself cannot be served here."""
+        failed = Failed(request, generation, error.status, error.kind, error.message, error.param)
+        self._routers.send(request, failed)
+
+    def fail_not_finite(self, request: RequestId, generation: Generation) -> None:
+        log.error("request %s: its logits are not finite; it is given up here", request)
+        self.fail(request, generation, NotFinite("The model gave logits that are not finite for this request."))
+
     async def was_admitted(
         self, request: RequestId, generation: Generation, answer: asyncio.Future[None]
     ) -> TandemError | None:
@@ -60,8 +69,7 @@ class News:
             self.reject(request, generation, RejectReason.FULL, full.message, full.retry_after_s)
             return full
         except UserError as error:
-            failed = Failed(request, generation, error.status, error.kind, error.message, error.param)
-            self._routers.send(request, failed)
+            self.fail(request, generation, error)
             return error
         except Exception as fault:
             # The engine is gone, or has a bug, or we have one: not the request's doing as far as we know, so another

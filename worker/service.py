@@ -286,6 +286,7 @@ class WorkerService:
                 cache_hit_tokens=stats.cache_hit_tokens,
                 prompt_tokens=stats.prompt_tokens_computed,
                 generated_tokens=stats.generated_tokens,
+                num_failed=stats.num_failed,
             )
         )
         self._report_load()

@@ -84,6 +84,9 @@ def attend_decode(
     visible = position < lengths[:, None]
     if window is not None:
         visible &= position >= (lengths - window)[:, None]
+    # What is not seen may be no number, and then nothing times it is none.
+    for each in (key, value):
+        each.masked_fill_(~visible[:, None, :, None], 0)
     grouped = query.view(rows, kv_heads, heads // kv_heads, head_dim)
     return _softmax_sum(grouped, key, value, visible[:, None, None, :], spec).view(rows, heads, head_dim)
 

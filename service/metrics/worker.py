@@ -23,6 +23,7 @@ class EngineTotals:
     cache_hit_tokens: int = 0
     prompt_tokens: int = 0
     generated_tokens: int = 0
+    num_failed: int = 0
 
 
 class RefusalCounts(Protocol):
@@ -58,6 +59,7 @@ class WorkerMetrics(MetricsPage):
         self._hits = counter("prefix_cache_hits", "Prompt tokens found in the prefix cache.")
         self._prompt_tokens = counter("prompt_tokens", "Prompt tokens computed.")
         self._generation_tokens = counter("generation_tokens", "Tokens generated.")
+        self._corrupted = counter("corrupted_requests", "Requests given up because their logits were not finite.")
         self._step_tokens = Histogram(
             "vllm:iteration_tokens_total", "Tokens per step.", tuple(model), buckets=STEP_TOKENS, registry=registry
         ).labels(**model)
@@ -134,6 +136,7 @@ class WorkerMetrics(MetricsPage):
         self._hits.inc(totals.cache_hit_tokens - last.cache_hit_tokens)
         self._prompt_tokens.inc(totals.prompt_tokens - last.prompt_tokens)
         self._generation_tokens.inc(totals.generated_tokens - last.generated_tokens)
+        self._corrupted.inc(totals.num_failed - last.num_failed)
 
     def transferred(self, transport: str, num_bytes: int, seconds: float) -> None:
         """One hand-off is complete."""

@@ -11,7 +11,8 @@ import pytest
 from engine.core import SOON_FREE_EVERY_S, EngineCore
 from engine.facts import EngineFacts
 from engine.output import Filled, StepOutput
-from proto.errors import InvalidRequest, LocalProtocolError, Overloaded, RemoteProtocolError
+from engine.stepper import MAX_FAILED_IN_A_ROW
+from proto.errors import InvalidRequest, LocalFault, LocalProtocolError, Overloaded, RemoteProtocolError
 from proto.hashing import BlockHasher
 from proto.ids import RequestId
 from proto.inventory import Evicted, Stored
@@ -528,6 +529,70 @@ def test_a_runner_that_fails_leaves_the_core_as_it_was() -> None:
         tokens += bench.step().tokens
     bench.expect([request], tokens + bench.drain())
     assert bench.core.is_idle()
+
+
+def test_a_request_without_finite_numbers_fails_alone() -> None:
+    """Its prompt begins as another's, in chunks; it has choices; and what it computed matches nobody afterwards."""
+    bench = Bench(make_facts(max_num_batched_tokens=8))
+    sound = make_request("sound", prompt_of(9), max_tokens=12, ignore_eos=True)
+    bench.core.add(sound)
+    tokens = [*bench.step().tokens, *bench.step().tokens]
+    bad = [*prompt_of(9), *prompt_of(10, 5)]
+    bench.runner.poison = [tuple(bad)]
+    bench.core.add(make_request("bad", bad, n=3))
+    for _ in range(4):
+        tokens += bench.step().tokens
+    assert [output.failed for output in bench.outputs if output.failed] == [("bad",)]
+    assert bench.core.stats.num_failed == 1
+    assert bench.core.stats.num_running == 1
+    tokens += bench.drain()
+    bench.expect([sound], tokens)
+    assert bench.core.is_idle()
+    assert set(bench.core.cached_hashes()).isdisjoint(bench.hasher.all_blocks(bad))
+
+
+def test_a_choice_without_finite_numbers_ends_its_request() -> None:
+    bench = Bench()
+    request = make_request("a", prompt_of(9), n=3, max_tokens=20, ignore_eos=True)
+    made = [token.token for token in oracle(request, 1, bench.facts)]
+    bench.runner.poison = [(*prompt_of(9), *made[:5])]
+    bench.core.add(request)
+    tokens = bench.drain()
+    assert [token.token for token in tokens if token.choice == 1] == made[:5]
+    assert {token.position for token in tokens} == set(range(6)), "the one before it in the step had its sixth"
+    assert [output.failed for output in bench.outputs if output.failed] == [("a",)]
+    assert bench.core.is_idle()
+
+
+def test_what_a_failed_prompt_has_announced_stays_until_it_is_released() -> None:
+    bench = Bench(make_facts(max_num_batched_tokens=8))
+    bench.runner.poison = [tuple(prompt_of(21))]
+    bench.core.add(make_request("a", prompt_of(21)), hold=True)
+    while not any(output.failed for output in bench.outputs):
+        bench.step()
+    announced = [block for filled in bench.filled("a") for block in filled.blocks]
+    assert len(announced) == 4
+    assert not any(filled.sealed for filled in bench.filled("a"))
+    assert set(announced) <= set(bench.core.block_table(RequestId("a")))
+    assert bench.core.cached_hashes() == []
+    bench.core.abort(RequestId("a"))
+    assert bench.core.is_idle()
+
+
+def test_numbers_that_are_never_finite_end_the_engine() -> None:
+    bench = Bench()
+    bench.runner.poison = [(2,)]
+    for number in range(MAX_FAILED_IN_A_ROW):
+        bench.core.add(make_request(f"bad{number}", [2, 3]))
+        assert bench.step().failed == (f"bad{number}",)
+    bench.core.add(make_request("good", [3]))
+    bench.drain()
+    for number in range(MAX_FAILED_IN_A_ROW):
+        bench.core.add(make_request(f"bad{number}", [2, 3]))
+        bench.step()
+    bench.core.add(make_request("last", [2]))
+    with pytest.raises(LocalFault, match="not finite for 17 requests in a row"):
+        bench.core.step()
 
 
 def test_cache_events_replay_to_the_inventory() -> None:

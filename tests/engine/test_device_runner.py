@@ -22,7 +22,7 @@ from engine.graphs import DecodeGraphs, default_sizes, plan
 from engine.runner import Runner
 from engine.stepper import RunnerLike
 from kernels.dispatch import REFERENCE
-from proto.errors import LocalFault, SettingsError
+from proto.errors import SettingsError
 from proto.ids import RequestId
 from proto.request import Request, SamplingParams, TokenOut
 from proto.settings import CacheSettings, EngineSettings, ModelSettings, SchedulerSettings
@@ -225,12 +225,19 @@ def test_submitting_waits_for_nothing(bench: Bench) -> None:
     assert len(first.result()) == len(second.result()) == 2
 
 
-def test_numbers_that_are_not_finite_are_told_with_the_result(bench: Bench) -> None:
-    bench.there.kv.paged.data[0] = torch.nan
-    rows = (Row([5], 3, [0], (greedy(),)), Row([5], 0, [1], (greedy(),)))
-    step = bench.device_runner.submit(StepBatch(rows))
-    with pytest.raises(LocalFault, match="not finite for 1 of 2"):
-        step.result()
+def test_numbers_that_are_not_finite_give_no_token_and_change_no_other(bench: Bench) -> None:
+    """By replay and without; the step that was submitted after such a one runs to its end, too."""
+    for prefix in ([], [7, 8]):
+        sound = Row([*prefix, 5], 0, [1], (greedy(),))
+        [expected] = bench.device_runner.run(StepBatch((sound,)))
+        bench.there.kv.paged.data[0] = torch.nan
+        step = bench.device_runner.submit(StepBatch((Row([5], 3, [0], (greedy(),)), sound)))
+        follows = Row([0], 4, [0], (greedy(),), follows=0), Row([0], len(sound.tokens), [1], (greedy(),), follows=1)
+        following = bench.device_runner.submit(StepBatch(follows))
+        assert step.result() == (None, expected)
+        bad, good = following.result()
+        assert (bad, good is None) == (None, False)
+        bench.there.kv.paged.data[0] = 0
 
 
 def generate(bench: Bench, runner: RunnerLike, parts: EngineParts, *, runs_ahead: bool) -> dict[str, list[TokenOut]]:

@@ -12,7 +12,6 @@ import torch
 from engine.batch import Row, Sampled, SampleSpec, StepBatch
 from engine.build import EngineParts, load_engine_parts
 from engine.sampler import Draw, sample
-from proto.errors import LocalFault
 from proto.request import SamplingParams, derive_seed
 from proto.settings import CacheSettings, EngineSettings, ModelSettings
 from tests.support.checkpoints import make_checkpoint
@@ -114,10 +113,13 @@ def test_the_draw_depends_on_its_position(parts: EngineParts) -> None:
     assert len({sampled.token for sampled in found}) > 3
 
 
-def test_numbers_that_are_not_finite_are_an_error_not_a_token(parts: EngineParts) -> None:
+def test_numbers_that_are_not_finite_give_no_token_and_change_no_other(parts: EngineParts) -> None:
+    sound = Row([5], 0, [1], (greedy(),))
+    [expected] = parts.runner.run(StepBatch((sound,)))
     parts.kv.paged.data[0] = torch.nan
-    with pytest.raises(LocalFault, match="not finite for 1 of 2"):
-        parts.runner.run(StepBatch((Row([5], 3, [0], (greedy(),)), Row([5], 0, [1], (greedy(),)))))
+    rows = (Row([5], 3, [0], (greedy(), specs(2)[1])), sound)
+    assert parts.runner.run(StepBatch(rows)) == (None, expected)
+    parts.kv.paged.data[0] = 0
 
 
 def test_a_block_table_too_short_is_our_own_fault(parts: EngineParts) -> None:

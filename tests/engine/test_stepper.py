@@ -217,3 +217,22 @@ def test_time_that_two_steps_share_is_counted_once() -> None:
     while bench.core.has_work():
         durations.append(bench.step().duration_s)
     assert sum(durations) == now[0] == bench.core.stats.busy_s
+
+
+def test_a_row_too_much_of_a_request_that_fails_is_dropped() -> None:
+    bench = Bench()
+    other = bench.add("b", [6, 7], ignore_eos=True, max_tokens=12)
+    request = make_request("a", [3, 4, 5], ignore_eos=True, max_tokens=12)
+    made = [token.token for token in oracle(request, 0, bench.facts)]
+    bench.runner.poison = [(3, 4, 5, *made[:4])]
+    bench.core.add(request)
+    tokens: list[TokenOut] = []
+    failed: list[str] = []
+    while bench.core.has_work():
+        output = bench.step()
+        tokens += output.tokens
+        failed += output.failed
+    assert failed == ["a"]
+    assert [token.token for token in tokens if token.request == "a"] == made[:4]
+    assert [token for token in tokens if token.request == "b"] == oracle(other, 0, bench.facts)
+    assert bench.core.is_idle()

@@ -48,6 +48,16 @@ def test_decode(window: int | None) -> None:
         torch.testing.assert_close(out[row].double(), expected, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("spec", [AttentionSpec(0.3), AttentionSpec(0.3, window=5), AttentionSpec(0.3, soft_cap=2.0)])
+def test_nothing_beyond_a_sequence_changes_its_result(spec: AttentionSpec) -> None:
+    kv, query, lengths = make_kv(), torch.randn(2, HEADS, DIM), torch.tensor([1, 6])
+    tables = torch.tensor([[9, 9], [1, 2]])
+    expected = reference.attend_decode(query, PagedKv(kv), LAYER, tables, lengths, spec)
+    kv[9, :, :, 1:] = torch.nan
+    kv[2, :, :, 2:] = torch.nan
+    assert torch.equal(reference.attend_decode(query, PagedKv(kv), LAYER, tables, lengths, spec), expected)
+
+
 @pytest.mark.parametrize("window", [None, 1, 5, 8])
 @pytest.mark.parametrize(("start", "tokens"), [(0, 2), (0, 23), (3, 9), (12, 11)])
 def test_chunk(start: int, tokens: int, window: int | None) -> None:

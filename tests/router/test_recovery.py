@@ -10,6 +10,7 @@ from proto.control import Abort, Failed, Prefill, Redirect, RejectReason, Role
 from proto.errors import (
     InvalidRequest,
     LocalFault,
+    NotFinite,
     NotSupported,
     NoWorker,
     Overloaded,
@@ -524,6 +525,44 @@ async def test_a_protocol_break_and_our_own_fault_are_held_against_the_worker() 
     generation = house.last_attach()[1].generation
     house.flow.message_came(Epoch("epoch-d1"), Failed(second.id, generation, 500, "k", "a bug"))
     assert house.fleet.faults == ["p1", "d1"]
+
+
+def gives_no_numbers(house: House, worker: str, request: RequestId, generation: int) -> None:
+    failed = Failed(request, Generation(generation), 500, NotFinite.kind, "not finite")
+    house.flow.message_came(Epoch(f"epoch-{worker}"), failed)
+
+
+async def test_where_numbers_were_not_finite_is_at_fault_if_another_worker_serves_the_request() -> None:
+    house = House("p1", "p2", "d1", "d2")
+    stream = await house.start()
+    first, _ = house.last_prefill()
+    gives_no_numbers(house, first, stream.id, 1)
+    second, prefill = house.last_prefill()
+    assert (second != first, prefill.generation) == (True, 2)
+    assert house.fleet.faults == []
+    to, _ = house.last_attach()
+    house.says(second, token(stream.id, 0))
+    house.says(to, token(stream.id, 1, last=True))
+    assert len(await read_all(stream)) == 2
+    assert house.fleet.faults == [first]
+
+
+async def test_numbers_that_are_finite_nowhere_are_the_requests_fault() -> None:
+    """Also where the client has tokens already."""
+    house = House("p1", "p2", "d1", "d2")
+    stream = await house.start()
+    p, _ = house.last_prefill()
+    first, _ = house.last_attach()
+    house.says(p, token(stream.id, 0))
+    house.says(first, token(stream.id, 1))
+    gives_no_numbers(house, first, stream.id, 1)
+    second, attach = house.last_attach()
+    assert second != first
+    gives_no_numbers(house, second, stream.id, attach.generation)
+    assert len(await anext(stream)) > 0
+    with pytest.raises(NotFinite, match="not finite"):
+        await read_all(stream)
+    assert house.fleet.faults == []
 
 
 async def test_prefill_that_released_before_a_redirect_reached_it() -> None:

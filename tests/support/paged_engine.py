@@ -145,7 +145,8 @@ class FakeRunner:
     """Reads what each row attends to before any row writes, as rows of one forward pass may not rely on each other.
 
     ``is_late``: a batch runs when its result is asked for, or run_next() is called, as on a device that lags behind;
-    otherwise when it is submitted. One that fails leaves ``GARBAGE`` to those that follow its draws.
+    otherwise when it is submitted. One that fails leaves ``GARBAGE`` to those that follow its draws, and so does a row
+    whose tokens begin with those of one of ``poison``: it has no finite logits.
     """
 
     def __init__(self, memory: FakeMemory, facts: EngineFacts, *, is_late: bool = False) -> None:
@@ -155,6 +156,7 @@ class FakeRunner:
         self.batches: list[StepBatch] = []
         self.failures: list[BaseException] = []
         self.late_failures: list[BaseException] = []
+        self.poison: list[tuple[int, ...]] = []
         self.on_run = lambda: None
         self._queue: deque[FakeStep] = deque()
         self._draws: list[int] = []
@@ -183,7 +185,11 @@ class FakeRunner:
                 self._draws = [GARBAGE] * sum(len(row.samples) for row in step.batch.rows)
                 return
             step.sampled = self._compute(step)
-            self._draws = [sampled.token for row in step.sampled for sampled in row]
+            self._draws = [
+                drawn.token
+                for row, sampled in zip(step.batch.rows, step.sampled, strict=True)
+                for drawn in sampled or [Sampled(GARBAGE)] * len(row.samples)
+            ]
 
     def _compute(self, step: FakeStep) -> StepResult:
         cells = self.memory.cells
@@ -197,11 +203,15 @@ class FakeRunner:
         for row in rows:
             self._write(row, written)
         return tuple(
-            tuple(
-                self._sample([*past, *row.tokens], spec, num_output)
-                for spec, num_output in zip(row.samples, num_outputs, strict=True)
-            )
+            self._samples([*past, *row.tokens], row, num_outputs)
             for past, row, num_outputs in zip(pasts, rows, step.num_outputs, strict=True)
+        )
+
+    def _samples(self, history: list[int], row: Row, num_outputs: list[int]) -> tuple[Sampled, ...] | None:
+        if row.samples and any(tuple(history[: len(poison)]) == poison for poison in self.poison):
+            return None
+        return tuple(
+            self._sample(history, spec, num_output) for spec, num_output in zip(row.samples, num_outputs, strict=True)
         )
 
     def _write(self, row: Row, written: set[tuple[int, int]]) -> None:

@@ -13,7 +13,7 @@ from engine.core import EngineCore
 from engine.output import StepOutput
 from kvtransfer.send_session import SendSession
 from proto.control import Abort, Attach, Failed, Prefill, Redirect, Rejected, RejectReason
-from proto.errors import DeviceLost, SettingsError
+from proto.errors import DeviceLost, NotFinite, SettingsError
 from proto.handoff import Frame, HandoffMessage, Seal
 from proto.ids import Generation
 from proto.lifecycle import Stage
@@ -99,6 +99,28 @@ async def test_an_engine_that_dies_sends_its_requests_elsewhere(pod: Pod) -> Non
         await side.router.until(lambda side=side: len(reasons(side)) == 2)
         assert not side.router.of(Failed), "an engine's death is no answer to a request"
         await side.tier.drained()
+
+
+async def test_a_prompt_without_finite_numbers_fails_and_the_engine_goes_on(tmp_path: Path) -> None:
+    poison = 310
+    pod = Pod(make_checkpoint(tmp_path, "qwen3", poison=poison))
+    p, d = await pod.prefill(), await pod.decode()
+    bad = (*prompt_of(200), poison)
+    send(p, d, make_request(1, bad))
+    await p.router.until(lambda: bool(p.router.of(Failed)))
+    d.tier.handle(Attach(make_request(2, bad), FIRST, local=True, lease_s=LEASE_S))
+    await d.router.until(lambda: bool(d.router.of(Failed)))
+    for side in (p, d):
+        assert [(each.status, each.kind) for each in side.router.of(Failed)] == [(500, NotFinite.kind)]
+        side.tier.handle(Abort(make_request(1, bad).id, FIRST))
+        await side.tier.drained()
+        await until_idle(side)
+        assert await side.host.call(lambda core: core.stats.num_failed) == 1
+    sound = make_request(3, prompt_of(200), temperature=0.0)
+    send(p, d, sound)
+    await d.router.until(lambda: num_finished(d) == 1)
+    assert served(p, d) == alone(pod, sound)
+    await pod.close()
 
 
 async def test_a_prefill_worker_that_cannot_send_says_that_it_is_not_the_decode_workers_fault(pod: Pod) -> None:
