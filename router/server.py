@@ -78,11 +78,11 @@ class RouterService:
             health_every_s=router.health_interval,
         )
         self._ledger = RedisLedger.from_settings(ledger)
-        show_ledger(self.metrics, lambda: self._ledger.counts)
         self._watcher = LedgerWatcher(
             self._ledger, workers_changed=self._workers_changed, inventory_changed=self._inventory_changed
         )
         self._handoffs = HandoffWriter(self._ledger)
+        show_ledger(self.metrics, lambda: self._ledger.counts, lambda: self._handoffs.num_dropped)
         self._weights = Weights(disagg_threshold=router.disagg_threshold)
         self.flow = Flow(
             self.registry,

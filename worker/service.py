@@ -33,7 +33,7 @@ from proto.lifecycle import Stage
 from proto.settings import EngineSettings, LedgerSettings, RpcSettings, WorkerSettings
 from service.health import Health
 from service.http import HttpServer, worker_app
-from service.metrics import EngineTotals, WorkerMetrics, show_ledger
+from service.metrics import EngineTotals, WorkerMetrics, show_ledger, show_publisher
 from service.rpc import RouterStream, TlsFiles, join_address, serve, split_address, worker_handler
 from worker.host import EngineHost, StepNews
 from worker.leases import Orphaned
@@ -124,7 +124,6 @@ class WorkerService:
         self._refusals = Refusals()
         name = next(iter(model.served_model_name), None) or model.model or ""
         self._metrics = WorkerMetrics(name, role, self._refusals)
-        show_ledger(self._metrics, lambda: self._ledger.counts)
         context = WorkerContext(
             epoch=self.epoch,
             host=self._host,
@@ -164,14 +163,16 @@ class WorkerService:
         self._show_memory()
         record = self._record()
         self._worker = record.worker
-        self._publisher = WorkerPublisher(
+        self._publisher = publisher = WorkerPublisher(
             self._ledger,
             record,
             load=lambda: self._load,
             snapshot=self._snapshot,
             heartbeat_s=self._ledger_settings.heartbeat_s,
         )
-        self._publisher.start()
+        show_ledger(self._metrics, lambda: self._ledger.counts, lambda: publisher.counts.num_dropped_handoffs)
+        show_publisher(self._metrics, lambda: publisher.counts)
+        publisher.start()
         self._health.ready()
         log.info("%s worker %s is ready at %s", self._role.value, record.worker, record.address)
 

@@ -5,8 +5,8 @@ system has is named ``tandem_*``. Request-level families are the router's, engin
 load gauges exist on both, where the router's are sums (or means) over its workers.
 """
 
-from service.metrics.ledger import show_ledger
+from service.metrics.ledger import show_ledger, show_publisher
 from service.metrics.router import RequestSummary, RouterMetrics
 from service.metrics.worker import EngineTotals, WorkerMetrics
 
-__all__ = ["EngineTotals", "RequestSummary", "RouterMetrics", "WorkerMetrics", "show_ledger"]
+__all__ = ["EngineTotals", "RequestSummary", "RouterMetrics", "WorkerMetrics", "show_ledger", "show_publisher"]

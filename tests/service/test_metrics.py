@@ -222,7 +222,8 @@ def test_what_a_worker_refused_is_read_when_the_page_is() -> None:
 @pytest.mark.parametrize("page", [RouterMetrics("m"), WorkerMetrics("m", Role.PREFILL, Refusals())])
 def test_what_the_ledger_refused_is_read_when_the_page_is(page: MetricsPage) -> None:
     counts = [LedgerCounts(num_refused=2), LedgerCounts(num_refused=3, num_malformed=1)]
-    show_ledger(page, lambda: counts[-1])
+    show_ledger(page, lambda: counts[-1], lambda: 5)
+    assert value(page, "tandem_ledger_dropped_records_total") == 5
     assert value(page, "tandem_ledger_refused_writes_total") == 3
     assert value(page, "tandem_ledger_malformed_entries_total") == 1
     counts.pop()

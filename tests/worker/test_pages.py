@@ -157,6 +157,19 @@ async def test_a_write_that_the_ledger_refused(local_redis: LocalRedis, tmp_path
         await client.close()
 
 
+async def test_what_its_part_of_the_ledger_went_through(local_redis: LocalRedis, tmp_path: Path) -> None:
+    async with worker(Role.DECODE, local_redis, tmp_path) as desk:
+        await desk.shows(
+            "tandem_ledger_inventories_total 1.0",
+            "tandem_ledger_inventory_overflows_total 0.0",
+            "tandem_ledger_superseded_heartbeats_total 0.0",
+            "tandem_ledger_dropped_records_total 0.0",
+        )
+        async with RedisLedger(local_redis.url, "test") as ledger:
+            await ledger._redis.flushall()
+        await desk.shows("tandem_ledger_inventories_total 2.0")
+
+
 async def until(receive: Callable[[], Awaitable[FromWorker]], kind: type[FromWorker]) -> None:
     async with asyncio.timeout(60):
         while not isinstance(await receive(), kind):
