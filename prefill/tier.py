@@ -249,11 +249,14 @@ class PrefillTier:
         if job.clock.stage is Stage.PREFILLING:
             self._progress(job, Stage.STREAMING)
 
-    def held(self, job: Job, reason: RejectReason, message: str) -> None:
+    def held(self, job: Job, why: RefuseReason | Literal["peer_lost"], message: str) -> None:
+        if isinstance(why, RefuseReason):
+            self._metrics.handoff_refused(why)
         if job.key not in self._by_key:
             return
         job.is_held = True
         retry_after_s = job.session.retry_after_s if job.session else None
+        reason = _WHY_HELD.get(why, RejectReason.REFUSED)
         self._news.reject(job.request.id, job.generation, reason, message, retry_after_s, held=True)
         self._cap_held()
 
@@ -336,7 +339,7 @@ class _JobEvents:
         self._tier.granted(self._job, transport)
 
     def held(self, reason: RefuseReason | Literal["peer_lost"], message: str) -> None:
-        self._tier.held(self._job, _WHY_HELD.get(reason, RejectReason.REFUSED), message)
+        self._tier.held(self._job, reason, message)
 
     def adopted(self, num_bytes: int, duration_s: float) -> None:
         self._tier.adopted(self._job, num_bytes, duration_s)

@@ -82,7 +82,10 @@ class WorkerMetrics(MetricsPage):
             registry=registry,
         )
         self._refused = Counter(
-            "tandem_handoffs_refused", "Hand-offs that the decode side refused.", ("reason", "role"), registry=registry
+            "tandem_handoffs_refused",
+            "Hand-offs refused: by this decode worker's tier, or to this prefill worker.",
+            ("reason", "role"),
+            registry=registry,
         )
         self.show_totals(
             "tandem_refused_messages", "Messages of routers and peers not applied.", "reason", refusals.by_reason

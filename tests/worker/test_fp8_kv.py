@@ -58,6 +58,7 @@ async def test_a_peer_of_another_type_is_refused_before_any_block_travels(pod: P
     assert "float8_e4m3fn" in rejected.message
     assert "float32" in rejected.message
     assert rejected.held
+    assert 'tandem_handoffs_refused_total{reason="mismatch",role="prefill"} 1.0' in p.page()
     assert not d.router.tokens()
     for side in (p, d):
         side.tier.handle(Abort(request.id, FIRST))
