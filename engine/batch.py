@@ -68,5 +68,5 @@ class Sampled:
 
 
 StepResult = tuple[tuple[Sampled, ...] | None, ...]
-"""Per row, per sample of that row, in the batch's order. None: the row's logits are not finite, and any token would be
-a lie. Values too large for the model's type, damaged weights, or damaged keys and values."""
+"""Per row, per sample of that row, in the batch's order. None: the row's logits are not finite, or all the same, and
+any token would be a lie. Numbers too large for the model's type, damaged weights, or damaged keys and values."""

@@ -4,7 +4,7 @@
     device            └─ 1 ───────────────────────────▶└─ 2 ─────────────────────────▶ └─ 3 ──
     page-locked memory                      tokens of 1 ┘                  tokens of 2 ┘
 
-A step's tokens stay on the device as the next one's input; a copy of them, and of whose logits were finite, comes back
+A step's tokens stay on the device as the next one's input; a copy of them, and of whose logits were sound, comes back
 with an event. Called on the engine's thread.
 """
 
@@ -22,27 +22,27 @@ from engine.facts import EngineFacts
 from engine.graphs import DecodeGraphs
 from engine.kv_memory import KvMemory
 from engine.model import Decoder
-from engine.runner import draws_of, finite_rows, per_row
+from engine.runner import draws_of, per_row, sound_rows
 from engine.sampler import Draw
 from engine.step_inputs import flatten
 
 
 @dataclass(frozen=True, slots=True)
 class DeviceStep:
-    """A step that was submitted. ``drawn`` and ``is_finite`` are on the host, and filled once ``wait`` has returned."""
+    """A step that was submitted. ``drawn`` and ``is_sound`` are on the host, and filled once ``wait`` has returned."""
 
     batch: StepBatch
-    logit_row: Sequence[int | None]
+    logit_row: Sequence[int]
     draws: Sequence[Draw]
     drawn: Drawn | None
-    is_finite: Tensor
+    is_sound: Tensor
     wait: Callable[[], None]
 
     def result(self) -> StepResult:
         """As ``Runner.run``."""
         self.wait()
         sampled = [] if self.drawn is None else self.drawn.sampled(self.draws)
-        return per_row(self.batch, self.logit_row, sampled, self.is_finite)
+        return per_row(self.batch, self.logit_row, sampled, self.is_sound)
 
 
 class DeviceRunner:
@@ -74,10 +74,10 @@ class DeviceRunner:
             )
             self._tokens = drawn.tokens
         here = None if drawn is None else drawn.on_host()
-        is_finite = finite_rows(logits).to("cpu", non_blocking=True)
-        return DeviceStep(batch, logit_row, draws, here, is_finite, _mark(device))
+        is_sound = sound_rows(logits).to("cpu", non_blocking=True)
+        return DeviceStep(batch, logit_row, draws, here, is_sound, _mark(device))
 
-    def _forward(self, batch: StepBatch) -> tuple[Tensor, Sequence[int | None]]:
+    def _forward(self, batch: StepBatch) -> tuple[Tensor, Sequence[int]]:
         """Logits, and which row of them is each row's."""
         if self._graphs is not None and self._graphs.takes(batch.rows):
             return self._graphs.run(batch.rows, self._tokens), range(len(batch.rows))

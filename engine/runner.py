@@ -43,43 +43,40 @@ class Runner:
 
     def run(self, batch: StepBatch) -> StepResult:
         """One tuple per row, with one ``Sampled`` per sample of that row, in the batch's order; None for a row whose
-        logits are not finite."""
+        logits are not sound."""
         for source, destination in batch.copies:
             self._kv.copy(source, destination)
         if not batch.rows:
             return ()
         flattened = flatten(batch, self._facts.block_size, self._model.device)
         logits = self._model.forward(flattened.inputs, self._kv.paged)
-        is_finite = finite_rows(logits)
-        if not is_finite.all():
-            logits = logits.masked_fill(~is_finite[:, None], 0.0)  # what is drawn of these is thrown away
+        is_sound = sound_rows(logits)
+        if not is_sound.all():
+            logits = logits.masked_fill(~is_sound[:, None], 0.0)  # what is drawn of these is thrown away
         draws = draws_of(batch, flattened.logit_row)
         drawn = sample(logits, draws, self._model.kernels.draw)
-        return per_row(batch, flattened.logit_row, drawn, is_finite)
+        return per_row(batch, flattened.logit_row, drawn, is_sound)
 
 
-def finite_rows(logits: Tensor) -> Tensor:
-    """Bool ``[rows]`` of ``logits [rows, vocab_size]``: whether all of a row's are finite."""
-    return torch.isfinite(logits.sum(-1))
+def sound_rows(logits: Tensor) -> Tensor:
+    """Bool ``[rows]`` of ``logits [rows, vocab_size]``: whether all of a row's are finite, and not all the same. A norm
+    makes zeros of numbers whose squares are too large, and so all logits the same."""
+    low, high = logits.aminmax(dim=-1)
+    return torch.isfinite(low) & torch.isfinite(high) & (low < high)
 
 
-def draws_of(batch: StepBatch, logit_row: Sequence[int | None]) -> list[Draw]:
+def draws_of(batch: StepBatch, logit_row: Sequence[int]) -> list[Draw]:
     """What to draw, in the order of rows and their samples. ``logit_row``: which row of logits is each row's."""
     return [
         Draw(number, spec, row.follows)
         for row, number in zip(batch.rows, logit_row, strict=True)
-        if number is not None
         for spec in row.samples
     ]
 
 
-def per_row(
-    batch: StepBatch, logit_row: Sequence[int | None], sampled: Iterable[Sampled], is_finite: Tensor
-) -> StepResult:
-    """What was drawn, shared out to the batch's rows. ``is_finite``: as ``finite_rows``, on the host."""
+def per_row(batch: StepBatch, logit_row: Sequence[int], sampled: Iterable[Sampled], is_sound: Tensor) -> StepResult:
+    """What was drawn, shared out to the batch's rows. ``is_sound``: as ``sound_rows``, on the host."""
     drawn = iter(sampled)
     shared = [tuple(next(drawn) for _ in row.samples) for row in batch.rows]
-    finite: list[bool] = is_finite.tolist()
-    return tuple(
-        each if number is None or finite[number] else None for each, number in zip(shared, logit_row, strict=True)
-    )
+    sound: list[bool] = is_sound.tolist()
+    return tuple(each if sound[number] else None for each, number in zip(shared, logit_row, strict=True))

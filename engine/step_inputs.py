@@ -22,10 +22,14 @@ from kernels.upload import upload, upload_together
 
 @dataclass(frozen=True, slots=True)
 class Flattened:
-    """``inputs`` with, per row of the batch, its row of logits (None: the row samples nothing)."""
+    """``inputs`` with, per row of the batch, its row of logits: those after its last token.
+
+    A row that samples nothing has them, too: they tell whether its keys and values are numbers, before others match
+    them or get them.
+    """
 
     inputs: StepInputs
-    logit_row: tuple[int | None, ...]
+    logit_row: tuple[int, ...]
 
 
 def flatten(batch: StepBatch, block_size: int, device: torch.device, drawn: Tensor | None = None) -> Flattened:
@@ -46,10 +50,6 @@ def flatten(batch: StepBatch, block_size: int, device: torch.device, drawn: Tens
     )
     ends = np.cumsum([len(row.tokens) for row in rows])
     starts = ends - [len(row.tokens) for row in rows]
-    sampling = [place for place, row in enumerate(rows) if row.samples]
-    logit_row: list[int | None] = [None] * len(rows)
-    for number, place in enumerate(sampling):
-        logit_row[order[place]] = number
     parts = (
         np.array(list(chain.from_iterable(row.tokens for row in rows)), dtype=np.int64),
         positions,
@@ -58,7 +58,7 @@ def flatten(batch: StepBatch, block_size: int, device: torch.device, drawn: Tens
         np.array([0, *ends]),
         np.array([row.start for row in rows]),
         _pad(tables),
-        ends[sampling] - 1,
+        ends - 1,
     )
     tokens, places, blocks_there, offsets, query_starts, row_starts, table, logit_rows = upload_together(parts, device)
     put_drawn(tokens, rows, drawn)
@@ -72,7 +72,9 @@ def flatten(batch: StepBatch, block_size: int, device: torch.device, drawn: Tens
             ChunkSpan(int(start), int(end), row.start) for row, start, end in zip(rows, starts, ends, strict=True)
         )[num_decode:],
     )
-    return Flattened(StepInputs(tokens, places, blocks_there, offsets, ragged, logit_rows), tuple(logit_row))
+    return Flattened(
+        StepInputs(tokens, places, blocks_there, offsets, ragged, logit_rows), tuple(np.argsort(order).tolist())
+    )
 
 
 def put_drawn(tokens: Tensor, rows: Sequence[Row], drawn: Tensor | None) -> None:

@@ -250,7 +250,7 @@ class PrefillTier:
             self._progress(job, Stage.STREAMING)
 
     def held(self, job: Job, why: RefuseReason | Literal["peer_lost"], message: str) -> None:
-        if isinstance(why, RefuseReason):
+        if isinstance(why, RefuseReason) and why is not RefuseReason.STALE:
             self._metrics.handoff_refused(why)
         if job.key not in self._by_key:
             return

@@ -202,7 +202,7 @@ class Life:
             self._dispatcher.failed_on(epoch)
         is_final = not self.current.request.is_resumed
         if isinstance(error, NotFinite):
-            is_final = self._doubted is not None
+            is_final = self._doubted is not None or self._num_faults + 1 >= self._rules.max_attempts
             self._doubted = epoch
         if is_final:
             self.fail(error)

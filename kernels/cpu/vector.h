@@ -12,7 +12,7 @@ static inline void store_bf16(uint16_t *to, __m512 x) { /* rounds to nearest eve
 }
 
 static inline __m512 exp2_ps(__m512 x) { /* relative error below 3e-6; 0 and infinity beyond the range */
-    x = _mm512_max_ps(x, _mm512_set1_ps(-200.0f));
+    x = _mm512_max_ps(_mm512_set1_ps(-200.0f), x); /* what is no number stays none: the second one is given then */
     __m512 whole = _mm512_roundscale_ps(x, 0), part = _mm512_sub_ps(x, whole);
     __m512 y = _mm512_set1_ps(1.3333558e-3f);
     y = _mm512_fmadd_ps(y, part, _mm512_set1_ps(9.6181291e-3f));

@@ -101,13 +101,16 @@ def linear(parts: Sequence[Matrix], bias: Tensor | None) -> Stacked:
 
 
 def _round(wide: Tensor, dtype: torch.dtype, scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """``wide [rows, columns]`` as numbers of 8 bits, and the rows' scales ``[rows, 1]``; ties of int8 go up."""
+    """``wide [rows, columns]`` as numbers of 8 bits, and the rows' scales ``[rows, 1]``, infinite where a number is not
+    finite; ties of int8 go up."""
+    largest = wide.abs().amax(1, keepdim=True)
     if scale is None:
-        scale = _positive(wide.abs().amax(1, keepdim=True)) / LARGEST[dtype]
+        scale = _positive(largest) / LARGEST[dtype]
     scaled = wide / scale
+    scale = scale.expand(wide.shape[0], 1).where(largest.isfinite(), torch.inf)
     if dtype == torch.int8:
-        return (scaled + 0.5).floor().clamp(-128, 127).to(dtype), scale.expand(wide.shape[0], 1)
-    return scaled.clamp(-LARGEST[dtype], LARGEST[dtype]).to(dtype), scale.expand(wide.shape[0], 1)
+        return (scaled + 0.5).floor().clamp(-128, 127).to(dtype), scale
+    return scaled.clamp(-LARGEST[dtype], LARGEST[dtype]).to(dtype), scale
 
 
 def _positive(largest: Tensor) -> Tensor:

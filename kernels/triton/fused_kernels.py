@@ -121,7 +121,10 @@ def rotate_and_write(
     if HAS_SCALES:
         left = left.to(tl.float32)
         right = right.to(tl.float32)
-        largest = tl.maximum(tl.max(tl.abs(left), 1), tl.max(tl.abs(right), 1))
+        # A maximum passes over what is no number; an infinite scale makes what is read no number, or infinite, again.
+        left_size = tl.where(left == left, tl.abs(left), float("inf"))
+        right_size = tl.where(right == right, tl.abs(right), float("inf"))
+        largest = tl.maximum(tl.max(left_size, 1), tl.max(right_size, 1))
         scale = tl.div_rn(largest, FP8_MAX)
         divisor = tl.where(scale == 0.0, 1.0, scale)[:, None] + tl.zeros_like(left)
         left = tl.minimum(tl.maximum(tl.div_rn(left, divisor), -FP8_MAX), FP8_MAX)

@@ -63,16 +63,18 @@ def quantise_inputs(
             largest = tl.maximum(largest, tl.where(number == number, tl.abs(number), float("inf")))
         top = tl.max(largest, 0)
         scale = tl.div_rn(tl.where(top == 0, 1.0, top), INT8_LARGEST if IS_INT else FP8_LARGEST)
+    unsound = tl.zeros((BLOCK,), dtype=tl.float32)
     for start in range(begin, end, BLOCK):
         at = start + tl.arange(0, BLOCK)
         number = tl.load(x + token * x_stride + at, mask=at < end, other=0.0).to(tl.float32)
+        unsound = tl.where(tl.abs(number) < float("inf"), unsound, 1.0)
         number = tl.div_rn(number, scale + tl.zeros_like(number))
         if IS_INT:
             number = tl.minimum(tl.maximum(tl.floor(number + 0.5), -128.0), 127.0)
         else:
             number = _round_to_fp8(number)
         tl.store(out + token * out_stride + at, number.to(out.dtype.element_ty), mask=at < end)
-    tl.store(scales + token * scales_stride + part, scale)
+    tl.store(scales + token * scales_stride + part, tl.where(tl.max(unsound, 0) > 0, float("inf"), scale))
 
 
 @triton.jit

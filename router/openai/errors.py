@@ -14,7 +14,7 @@ from http import HTTPStatus
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
-from proto.errors import LocalFault, NotAuthorized, RemoteFault, SetupError, TandemError, Unavailable
+from proto.errors import LocalFault, NotAuthorized, NotFinite, RemoteFault, SetupError, TandemError, Unavailable
 
 _RETRY_AFTER_S = {429: 1.0, 503: 1.0}
 """Where whoever raised the error knows no better. A request that ran out of time would do so again: 504 has none."""
@@ -80,4 +80,8 @@ def _reply_for_tandem(error: TandemError) -> ErrorReply:
         wait_s = _RETRY_AFTER_S.get(error.status) if error.retry_after_s is None else error.retry_after_s
         if wait_s is not None:
             headers["Retry-After"] = str(max(math.ceil(wait_s), 1))
+    if isinstance(error, NotFinite):
+        headers["x-should-retry"] = (
+            "false"  # OpenAI's clients repeat a 500 otherwise, which would fail everywhere again
+        )
     return error_reply(error.status, error.kind, error.message, param=error.param, stage=error.stage, headers=headers)

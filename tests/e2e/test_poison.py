@@ -24,6 +24,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 async def test_a_poisoned_prompt_fails_alone(checkpoint: Path) -> None:
+    """Clients of OpenAI would repeat it by themselves, and are told not to."""
     rng = random.Random(8)
     common = [rng.randrange(5, 300) for _ in range(100)]
     prompts = [[*common, *(rng.randrange(5, 300) for _ in range(length))] for length in (300, 40, 7)]
@@ -34,7 +35,7 @@ async def test_a_poisoned_prompt_fails_alone(checkpoint: Path) -> None:
         use_tqdm=False,
     )
     with running(stack_settings(checkpoint, prefill=2, decode=2)) as stack:
-        async with openai.AsyncOpenAI(base_url=stack.base_url, api_key="none", max_retries=0) as client:
+        async with openai.AsyncOpenAI(base_url=stack.base_url, api_key="none") as client:
 
             async def ask(prompt: list[int]) -> list[int]:
                 reply = await client.completions.create(
@@ -51,6 +52,7 @@ async def test_a_poisoned_prompt_fails_alone(checkpoint: Path) -> None:
                 with pytest.raises(openai.APIStatusError, match="logits that are not finite") as caught:
                     await ask(poisoned)
                 assert caught.value.status_code == 500
+                assert caught.value.response.headers["x-should-retry"] == "false"
             assert await asyncio.gather(*sound) == [list(each.outputs[0].token_ids) for each in alone]
         corrupted = sum(stack.metric("vllm:corrupted_requests_total", url) for url in stack.worker_urls())
         assert corrupted == 4, "two workers say so of each"

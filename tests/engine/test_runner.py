@@ -117,9 +117,20 @@ def test_numbers_that_are_not_finite_give_no_token_and_change_no_other(parts: En
     sound = Row([5], 0, [1], (greedy(),))
     [expected] = parts.runner.run(StepBatch((sound,)))
     parts.kv.paged.data[0] = torch.nan
-    rows = (Row([5], 3, [0], (greedy(), specs(2)[1])), sound)
-    assert parts.runner.run(StepBatch(rows)) == (None, expected)
+    rows = (Row([5, 6], 3, [0]), Row([5], 3, [0], (greedy(), specs(2)[1])), sound)
+    assert parts.runner.run(StepBatch(rows)) == (None, None, expected)
     parts.kv.paged.data[0] = 0
+
+
+def test_numbers_whose_squares_are_too_large_give_no_token(tmp_path: Path) -> None:
+    """A norm makes zeros of them: finite, and every token as likely as any other."""
+    folder = make_checkpoint(tmp_path, "qwen2", poison=300, poison_with=1e25)
+    model = ModelSettings(model=str(folder), device="cpu", skip_warmup=True)
+    parts = load_engine_parts(EngineSettings(model=model, cache=CacheSettings(num_gpu_blocks_override=4)))
+    sound = Row([5, 6], 0, [0], (greedy(),))
+    [expected] = parts.runner.run(StepBatch((sound,)))
+    assert parts.runner.run(StepBatch((sound, Row([5, 300], 0, [1], (greedy(),))))) == (expected, None)
+    parts.kv.close()
 
 
 def test_a_block_table_too_short_is_our_own_fault(parts: EngineParts) -> None:

@@ -95,6 +95,25 @@ def test_rotate_and_write(
     same_rotation(qkv, norm, places, (6, 3, 2, block_size, kv_heads, head_dim), layer, is_fp8=is_fp8)
 
 
+def test_an_fp8_key_that_is_no_number_in_one_place_is_none_in_all() -> None:
+    qkv = randn(3, 4, 20, dtype=torch.bfloat16)
+    blocks, offsets = torch.tensor([[0, 0, 1], [0, 1, 0]], device=DEVICE)
+    places = Places(*randn(2, 3, 1, 20, seed=3), blocks, offsets)
+
+    def write() -> torch.Tensor:
+        data = torch.zeros(2, 1, 2, 4, 1, 20, device=DEVICE).to(torch.float8_e4m3fn)
+        kv = PagedKv(data, torch.zeros(2, 1, 2, 1, 4, device=DEVICE))
+        fused.rotate_and_write(qkv, None, places, kv, 0)
+        return reference.widen_kv(kv, 0, torch.arange(2, device=DEVICE))
+
+    clean = write()
+    qkv[1, 2, 5] = torch.nan
+    found = write()
+    assert not found[0, 0, 1].isfinite().any()
+    found[0, 0, 1] = clean[0, 0, 1]
+    assert torch.equal(found, clean)
+
+
 def same_rotation(
     qkv: torch.Tensor, norm: HeadNorm | None, places: Places, shape: tuple[int, ...], layer: int, *, is_fp8: bool
 ) -> None:

@@ -267,9 +267,11 @@ def test_stacked_parts_of_every_kind() -> None:
 @pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
 @pytest.mark.parametrize("values", [FP8, torch.int8])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_what_is_not_finite_stays_so_and_in_its_row(values: torch.dtype, bad: float) -> None:
+@pytest.mark.parametrize("fixed", [None, 0.02])
+def test_what_is_not_finite_stays_so_and_in_its_row(values: torch.dtype, bad: float, fixed: float | None) -> None:
     """A wrong number must not become a plausible one by rounding."""
-    matrix = scaled(40, 64, values, inputs=True)
+    scale = None if fixed is None else torch.tensor(fixed, device=DEVICE)
+    matrix = replace(scaled(40, 64, values, inputs=True), input_scale=scale)
     x = numbers(3, 64).half()
     clean = maker(torch.float16).linear([matrix], None)(x)
     x[1, 7] = bad

@@ -565,6 +565,14 @@ async def test_numbers_that_are_finite_nowhere_are_the_requests_fault() -> None:
     assert house.fleet.faults == []
 
 
+async def test_the_last_attempt_says_that_its_numbers_were_not_finite() -> None:
+    house = House("p1", "d1", max_attempts=1)
+    stream = await house.start()
+    gives_no_numbers(house, "p1", stream.id, 1)
+    with pytest.raises(NotFinite):
+        await read_all(stream)
+
+
 async def test_prefill_that_released_before_a_redirect_reached_it() -> None:
     """Adopted reached P, but not the router, before D died."""
     house = House("p1", "d1", "d2")

@@ -89,14 +89,15 @@ def make_checkpoint(
     num_shards: int = 1,
     generation_config: Mapping[str, Any] | None = None,
     poison: int | None = None,
+    poison_with: float = math.inf,
     **overrides: Any,
 ) -> Path:
     """Writes config, weights, tokenizer, chat template and generation config; returns ``directory``.
 
     ``family``: llama, mistral, qwen2, qwen3 or gemma2. ``overrides`` are entries of config.json (``None`` is written as
     null), such as ``num_hidden_layers``, ``rope_scaling``, ``sliding_window``, ``vocab_size`` (default: the
-    tokenizer's). ``poison``: a token that makes all numbers of its sequence infinite, and that the model never says
-    by itself (of a family whose embeddings are its own).
+    tokenizer's). ``poison``: a token whose embedding is ``poison_with``, and that the model never says by itself (of a
+    family whose embeddings are its own).
     """
     directory.mkdir(parents=True, exist_ok=True)
     config = make_config(family, dtype=dtype, **overrides)
@@ -108,7 +109,7 @@ def make_checkpoint(
     _write_tokenizer(directory)
     weights = _make_weights(config, seed, getattr(torch, dtype))
     if poison is not None:
-        weights["model.embed_tokens.weight"][poison] = math.inf
+        weights["model.embed_tokens.weight"][poison] = poison_with
         weights["lm_head.weight"][poison] = 0.0
     _write_weights(directory, weights, num_shards)
     return directory

@@ -53,7 +53,7 @@ class Driver:
         """Last-token logits of each row."""
         flattened = flatten(StepBatch(tuple(rows)), self.block_size, CPU)
         logits = self.model.forward(flattened.inputs, PagedKv(self.kv))
-        return [logits[index] for index in flattened.logit_row if index is not None]
+        return [logits[index] for index, row in zip(flattened.logit_row, rows, strict=True) if row.samples]
 
     def generate(
         self, prompts: Iterable[Sequence[int]], chunk_size: int, num_new: int

@@ -208,7 +208,7 @@ class FakeRunner:
         )
 
     def _samples(self, history: list[int], row: Row, num_outputs: list[int]) -> tuple[Sampled, ...] | None:
-        if row.samples and any(tuple(history[: len(poison)]) == poison for poison in self.poison):
+        if any(tuple(history[: len(poison)]) == poison for poison in self.poison):
             return None
         return tuple(
             self._sample(history, spec, num_output) for spec, num_output in zip(row.samples, num_outputs, strict=True)

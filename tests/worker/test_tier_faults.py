@@ -105,7 +105,8 @@ async def test_a_prompt_without_finite_numbers_fails_and_the_engine_goes_on(tmp_
     poison = 310
     pod = Pod(make_checkpoint(tmp_path, "qwen3", poison=poison))
     p, d = await pod.prefill(), await pod.decode()
-    bad = (*prompt_of(200), poison)
+    common = prompt_of(48)
+    bad = (*common, poison, *prompt_of(150, 1))
     send(p, d, make_request(1, bad))
     await p.router.until(lambda: bool(p.router.of(Failed)))
     d.tier.handle(Attach(make_request(2, bad), FIRST, local=True, lease_s=LEASE_S))
@@ -116,7 +117,8 @@ async def test_a_prompt_without_finite_numbers_fails_and_the_engine_goes_on(tmp_
         await side.tier.drained()
         await until_idle(side)
         assert await side.host.call(lambda core: core.stats.num_failed) == 1
-    sound = make_request(3, prompt_of(200), temperature=0.0)
+        assert await side.host.call(lambda core: core.cached_hashes()) == [], "nobody is to match any of it"
+    sound = make_request(3, (*common, *prompt_of(150, 2)), temperature=0.0)
     send(p, d, sound)
     await d.router.until(lambda: num_finished(d) == 1)
     assert served(p, d) == alone(pod, sound)
