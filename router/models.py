@@ -88,7 +88,8 @@ class Models:
         )
 
     def _tokenizer_files(self, place: str) -> dict[str, bytes]:
-        folder = Path(place) if Path(place).is_dir() else self._from_hub(place)
+        local = Path(place).expanduser()
+        folder = local if local.is_dir() else self._from_hub(place)
         files = {name: (folder / name).read_bytes() for name in TOKENIZER_FILES if (folder / name).is_file()}
         if "tokenizer.json" not in files:
             raise CheckpointError(f"--tokenizer {place}: there is no tokenizer.json")
@@ -100,7 +101,11 @@ class Models:
         settings = self._settings
         try:
             folder = snapshot_download(
-                name, cache_dir=settings.download_dir, token=settings.hf_token, allow_patterns=list(TOKENIZER_FILES)
+                name,
+                revision=settings.revision,
+                cache_dir=settings.download_dir,
+                token=settings.hf_token,
+                allow_patterns=list(TOKENIZER_FILES),
             )
         except (OSError, ValueError) as error:
             raise CheckpointError(f"--tokenizer {name} is no folder, and the hub does not give it: {error}") from error

@@ -48,6 +48,7 @@ _ENGINE = ("model", "cache", "scheduler")
 _OF_ROUTER = frozenset(
     (
         "model.tokenizer",
+        "model.revision",
         "model.served_model_name",
         "model.generation_config",
         "model.override_generation_config",

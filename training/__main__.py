@@ -1,11 +1,12 @@
 """``python -m training``: writes the corpus, learns the tokenizer, trains both networks, exports them.
 
-Everything goes under ``--work`` and is taken up from there after an interruption.
+Everything goes under ``--work`` and is taken up from there after an interruption, by the code that began it.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import sys
 import time
 from itertools import accumulate, islice
@@ -29,6 +30,7 @@ LATE = 0.54
 REFINEMENTS = (0.24, 0.24, 0.12, 0.28, 0.2, 0.2)
 """How many steps follow in each, as parts of the first ones."""
 _ROWS_PER_STEP = 40
+_ONLY_SCORES = ("card.py", "evaluate.py", "guessing.py")
 
 
 def main() -> int:
@@ -39,6 +41,8 @@ def main() -> int:
     parser.add_argument("--until", type=int, help="stop after this step, to go on later")
     given = parser.parse_args()
     given.work.mkdir(parents=True, exist_ok=True)
+    if trouble := claim(given.work, given.steps):
+        parser.error(trouble)
     tokenizer = _tokenizer(given.work)
     for part in given.part or ("model", "draft"):
         steps = given.steps if part == "model" else given.steps // 3
@@ -49,12 +53,27 @@ def main() -> int:
     return 0
 
 
+def claim(work: Path, steps: int) -> str:
+    """Why nothing can be added to what ``work`` holds; empty, and noted there, if it is all of this code's making."""
+    maker = hashlib.sha256(f"{steps} steps".encode())
+    for source in sorted(Path(__file__).parent.rglob("*")):
+        if source.suffix in (".py", ".toml", ".jinja") and source.name not in _ONLY_SCORES:
+            maker.update(source.name.encode() + source.read_bytes())
+    note = work / "made-by"
+    if any(work.iterdir()) and (not note.exists() or note.read_text() != maker.hexdigest()):
+        return f"{work} holds what other code has made, or another number of steps: move it away, or give --work."
+    note.write_text(maker.hexdigest())
+    return ""
+
+
 def _tokenizer(work: Path) -> Tokenizer:
     file = work / "tokenizer.json"
     if not file.exists():
         renderer = Renderer()
         texts = [renderer(sample) for sample in islice(samples(SEED, longest_passage=10), 20_000)]
-        train_tokenizer(texts, VOCABULARY).save(str(file))
+        draft = file.with_suffix(".draft")
+        train_tokenizer(texts, VOCABULARY).save(str(draft))
+        draft.replace(file)
     return Tokenizer.from_file(str(file))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 
 from proto.errors import CheckpointError, NoWorker
@@ -64,3 +65,26 @@ async def test_a_folder_without_a_tokenizer_says_so(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"no tokenizer\.json"):
         await models.learn(model_card())
     assert not models.knows("layout")
+
+
+async def test_a_tokenizers_name_means_what_it_means_to_workers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A home folder is one, and a hub's tokenizer is of the revision that was asked for."""
+    folder = tmp_path / "tok"
+    folder.mkdir()
+    (folder / "tokenizer.json").write_bytes(byte_level_json(300))
+    asked: list[str | None] = []
+
+    def download(name: str, *, revision: str | None, **_: object) -> str:
+        asked.append(revision)
+        return str(folder)
+
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    for name in ("~/tok", "owner/tok"):
+        models = Models(ModelSettings(tokenizer=name, revision="abc"))
+        await models.learn(model_card())
+        models.serve("layout")
+        assert models.current().card.files["tokenizer.json"] == byte_level_json(300)
+    assert asked == ["abc"]

@@ -13,6 +13,7 @@ from tokenizers import Tokenizer
 from torch.nn import functional
 
 from tandem import LLM, SamplingParams
+from training.__main__ import claim
 from training.batches import Plan
 from training.corpus import samples
 from training.export import export, load
@@ -175,3 +176,13 @@ def test_what_is_exported_is_read_back_and_a_draft_guesses_what_it_has_learnt(
     network.embed_tokens.weight.data[tokenizer.encode("a").ids[0]] = 2.0
     export(network, tokenizer, tmp_path)
     assert share_guessed(tmp_path, [Sample(asked("x", "aaa").messages)]) == 3 / 4, "all but the end"
+
+
+def test_nothing_is_added_to_what_other_code_has_made(tmp_path: Path) -> None:
+    assert claim(tmp_path, 10) == ""
+    assert claim(tmp_path, 10) == ""
+    assert "move it away" in claim(tmp_path, 11)
+    (tmp_path / "made-by").write_text("another")
+    assert "other code" in claim(tmp_path, 10)
+    (tmp_path / "made-by").rename(tmp_path / "model.pt")
+    assert "other code" in claim(tmp_path, 10)
