@@ -22,7 +22,6 @@ def _build(context: WorkerContext) -> TierParts:
         fences,
         payload_readers(transports, context.epoch, context.tls),
         metrics=context.metrics,
-        done_lease_s=context.settings.lease_s,
         orphaned=context.orphaned,
     )
     return tier, (handoff_handler(tier.serve),)

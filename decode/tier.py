@@ -55,7 +55,6 @@ class DecodeTier:
         readers: Sequence[PayloadReader],
         *,
         metrics: WorkerMetrics,
-        done_lease_s: float,
         orphaned: Orphaned | None = None,
     ) -> None:
         self._host = host
@@ -64,7 +63,6 @@ class DecodeTier:
         self._readers = readers
         self._metrics = metrics
         self._news = News(routers, metrics)
-        self._done_lease_s = done_lease_s
         self._seats: dict[RequestId, Seat] = {}
         self._by_key: dict[RequestId, Seat] = {}
         self._leases = Leases(self._lease_ended, routers.has_router_of)
@@ -331,8 +329,9 @@ class DecodeTier:
         return token
 
     def _finished(self, seat: Seat) -> None:
-        """Its tokens stay for a while, for a router that comes back."""
-        self._leases.grant(seat.request, self._done_lease_s)
+        """Its tokens stay for one more lease, for a router that comes back."""
+        assert seat.attach is not None, "nothing runs without"
+        self._leases.grant(seat.request, seat.attach.lease_s)
         self._note_idle()
 
     def _note_idle(self) -> None:

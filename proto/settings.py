@@ -183,7 +183,6 @@ class WorkerSettings:
         "ways to move blocks, best first: shm, cuda_ipc, nccl, nixl, grpc; auto: all of them but nccl and nixl",
         metavar="NAME",
     )
-    lease_s: float = setting(30.0, "seconds a hand-off's blocks are kept without news from their peer", low=0.1)
     max_held: int = setting(64, "prompts that may wait, computed, for a decode worker", low=1)
     drain_timeout: float = setting(30.0, "seconds a worker may take to finish its work after SIGTERM", low=0)
     stall_timeout: float = setting(
@@ -219,6 +218,12 @@ class RouterSettings:
     )
     itl_slo: float = setting(
         0.0, "429 when tokens would be further apart than so many seconds, or lack room; 0: never", low=0
+    )
+    lease_s: float = setting(
+        30.0,
+        "seconds workers keep a request's blocks and tokens without news from their router; it renews them at a third",
+        low=1,
+        high=600,
     )
     health_interval: float = setting(2.0, "seconds between two looks at a worker's progress", low=0.05)
     canary_interval: float = setting(

@@ -215,6 +215,7 @@ def rules_of(router: RouterSettings) -> Rules:
         request_timeout_s=router.request_timeout,
         max_attempts=router.max_attempts,
         max_buffered_tokens=router.max_buffered_tokens,
+        lease_s=router.lease_s,
         limits=StageLimits(
             queued_s=router.queue_timeout,
             prefill_s=router.prefill_timeout,

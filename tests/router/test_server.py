@@ -403,3 +403,11 @@ async def test_what_does_not_finish_in_time_is_told_so(local_redis: LocalRedis) 
 def test_a_router_needs_to_know_where_redis_is() -> None:
     with pytest.raises(SettingsError, match="Redis"):
         RouterService(RouterSettings(), LedgerSettings(), ModelSettings(), CacheSettings())
+
+
+async def test_workers_are_told_the_lease_that_was_set(local_redis: LocalRedis) -> None:
+    async with town(local_redis, lease_s=7.0) as place:
+        await place.add(ScriptedWorker("d1", Role.DECODE))
+        prefill = await place.add(ScriptedWorker("p1", Role.PREFILL))
+        await eventually(lambda: place.is_ready("/health"))
+        assert canary_of(prefill).lease_s == 7.0

@@ -107,9 +107,7 @@ class Side:
 class Pod:
     """``sides`` by worker name; ``connect`` reaches any decode worker by its address."""
 
-    def __init__(
-        self, checkpoint: Path, *, num_blocks: int = 64, chunk: int = 64, done_lease_s: float = 60.0, kv: str = "auto"
-    ) -> None:
+    def __init__(self, checkpoint: Path, *, num_blocks: int = 64, chunk: int = 64, kv: str = "auto") -> None:
         self.settings = EngineSettings(
             model=ModelSettings(
                 model=str(checkpoint), dtype="float32", device="cpu", threads=1, max_model_len=512, skip_warmup=True
@@ -120,7 +118,6 @@ class Pod:
         self.forth: Fault | None = None
         """Meddles with what prefill workers send."""
         self.orphans: list[tuple[RequestId, Generation]] = []
-        self._done_lease_s = done_lease_s
         self._news = asyncio.Event()
         self._decode: dict[str, DecodeTier] = {}
         self._tasks: list[asyncio.Task[None]] = []
@@ -150,7 +147,6 @@ class Pod:
             fences,
             payload_readers([MEMORY], side.peer.epoch),
             metrics=metrics,
-            done_lease_s=self._done_lease_s,
             orphaned=self._orphaned,
         )
         self._decode[side.peer.address] = side.tier

@@ -49,7 +49,7 @@ def test_no_prefill_worker_is_a_stack_too() -> None:
 
 
 def test_a_worker_reads_its_settings_from_its_environment() -> None:
-    settings = stack_settings("--block-size", "32", "--lease-s=7", "--log-format=json", "--namespace=x", "--port=9")
+    settings = stack_settings("--block-size", "32", "--max-held=7", "--log-format=json", "--namespace=x", "--port=9")
     settings = replace(settings, ledger=replace(settings.ledger, redis="unix:///r"))
     _, (prefill,), (decode,) = child_groups(settings, Machine(8), is_private=True)
     for spec in (prefill, decode):
@@ -59,7 +59,7 @@ def test_a_worker_reads_its_settings_from_its_environment() -> None:
         assert read.get(LedgerSettings) == LedgerSettings(redis="unix:///r", namespace="x")
         assert read.get(LogSettings).log_format == "json"
         assert read.get(WorkerSettings) == WorkerSettings(
-            host="127.0.0.1", advertise="127.0.0.1", http_port=0, worker_id=spec.name, lease_s=7.0
+            host="127.0.0.1", advertise="127.0.0.1", http_port=0, worker_id=spec.name, max_held=7
         )
         assert read.warnings == ()
     assert prefill.argv[-3:] == ("-m", "tandem", "prefill")
@@ -68,11 +68,12 @@ def test_a_worker_reads_its_settings_from_its_environment() -> None:
 
 def test_the_router_reads_its_settings_from_its_environment() -> None:
     settings = stack_settings(
-        "--port", "9", "--disagg-threshold", "5", "--generation-config", "vllm", "--prefix-hash-key=salt"
+        *("--port", "9", "--lease-s", "7", "--disagg-threshold", "5"),
+        *("--generation-config", "vllm", "--prefix-hash-key=salt"),
     )
     ((router,), _, _) = child_groups(settings, Machine(8), is_private=True)
     read = as_child_reads(dict(router.environ), ROUTER)
-    assert read.get(RouterSettings) == RouterSettings(port=9, disagg_threshold=5)
+    assert read.get(RouterSettings) == RouterSettings(port=9, disagg_threshold=5, lease_s=7.0)
     assert read.get(ModelSettings).generation_config == "vllm"
     assert read.get(CacheSettings).prefix_hash_key == "salt"
 

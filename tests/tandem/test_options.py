@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 import math
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
+from kvtransfer.ledger.redis import RedisLedger
 from proto.errors import SettingsError
 from proto.settings import (
     CacheSettings,
@@ -26,6 +28,7 @@ from tandem import options
 from tandem.folklore import FOLKLORE, RENAMED
 from tandem.option import SECTIONS, BadValue, Option, Value, all_options, options_of, read_quantity
 from tandem.options import OFFLINE, ROUTER, SERVE, WORKER, Resolved, Scope
+from worker.service import TOMBSTONE_S
 
 parser_of = functools.cache(lambda scope: options.build_parser(scope, "tandem", ""))
 
@@ -471,6 +474,20 @@ def test_one_file_serves_the_whole_deployment(tmp_path: Path) -> None:
 def test_a_routers_flags_are_unknown_to_a_worker() -> None:
     with pytest.raises(SettingsError, match="Unknown flag --disagg-threshold"):
         resolve("--disagg-threshold", "1", scope=WORKER)
+
+
+def test_leases_are_the_routers_to_set() -> None:
+    for scope in (SERVE, ROUTER):
+        assert resolve("--lease-s", "7", scope=scope).get(RouterSettings).lease_s == 7
+    with pytest.raises(SettingsError, match="Unknown flag --lease-s"):
+        resolve("--lease-s", "7", scope=WORKER)
+
+
+def test_what_remembers_a_request_outlives_its_longest_lease() -> None:
+    longest = next(option.high for option in options_of("router") if option.name == "lease_s")
+    ledger = inspect.signature(RedisLedger).parameters
+    assert longest is not None
+    assert longest < min(ledger["handoff_ttl_s"].default, ledger["tombstone_ttl_s"].default, TOMBSTONE_S)
 
 
 def test_secrets_are_masked_when_printed_and_in_errors() -> None:

@@ -189,8 +189,10 @@ async def test_the_end_of_a_lease_is_told_to_a_router_that_is_still_there(pod: P
         await until_idle(side)
 
 
-async def test_what_is_finished_after_its_router_has_gone_is_closed_too(checkpoint: Path) -> None:
-    pod = Pod(checkpoint, done_lease_s=0.1)
+async def test_what_is_finished_after_its_router_has_gone_is_closed_too(
+    pod: Pod, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(Leases.__init__.__kwdefaults__, "away_s", 0.5)
     p, d = await pod.prefill(), await pod.decode()
     request = make_request(1, prompt_of(40))
     send(p, d, request)
@@ -202,7 +204,6 @@ async def test_what_is_finished_after_its_router_has_gone_is_closed_too(checkpoi
     for side in (p, d):
         await side.tier.drained()
         await until_idle(side)
-    await pod.close()
 
 
 async def test_what_a_router_left_behind_is_let_go_long_before_its_lease(

@@ -5,6 +5,7 @@ The tokens must be those of one engine that does everything itself, and afterwar
 
 from __future__ import annotations
 
+import asyncio
 import random
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -112,6 +113,16 @@ async def test_a_router_that_comes_back_is_told_again(pod: Pod) -> None:
     d.router.received.clear()
     d.tier.handle(Attach(request, FIRST, local=True, lease_s=LEASE_S, positions=(2,)))
     assert d.router.tokens() == before[2:]
+
+
+async def test_finished_tokens_are_kept_for_one_more_of_the_routers_leases(pod: Pod) -> None:
+    d = await pod.decode()
+    attach = Attach(make_request(1, prompt_of(20)), FIRST, local=True, lease_s=1.0)
+    d.tier.handle(attach)
+    await d.router.until(lambda: num_finished(d) == 1)
+    await asyncio.sleep(1.2)
+    d.tier.handle(attach)
+    assert [each.reason for each in d.router.of(Rejected)] == [RejectReason.STALE]
 
 
 @pytest.mark.parametrize("when", ["at once", "streaming", "decoding"])
