@@ -93,7 +93,8 @@ class Ready:
         lines = [f"Ready: {self.url}  (model {self.model})"]
         for record in self.workers:
             tokens = record.num_blocks * record.block_size
-            lines.append(f"  {record.worker:<{width}}  {record.address}  {tokens:,} tokens of KV cache")
+            page = f"  http://{record.http_address}/metrics" if record.http_address else ""
+            lines.append(f"  {record.worker:<{width}}  {record.address}  {tokens:,} tokens of KV cache{page}")
         return "\n".join([*lines, "Ctrl-C stops everything."])
 
 

@@ -209,6 +209,12 @@ class WorkerService:
         app = worker_app(self._health.report, self._metrics.exposition)
         self._http = HttpServer(app, self._settings.host, self._settings.http_port)
         await self._http.start()
+        log.info("metrics are at http://%s/metrics", self._http_address())
+
+    def _http_address(self) -> str | None:
+        """host:port by which others reach its probes and metrics."""
+        host, _ = split_address(self._address)
+        return join_address(host, self._http.port) if self._http else None
 
     def _show_memory(self) -> None:
         facts = self._host.parts.facts
@@ -223,14 +229,13 @@ class WorkerService:
 
     def _record(self) -> records.WorkerRecord:
         parts = self._host.parts
-        host, _ = split_address(self._address)
         name = self._settings.worker_id or f"{self._role.value}-{socket.gethostname()}-{self.epoch[:6]}"
         return records.WorkerRecord(
             worker=WorkerId(name),
             role=self._role,
             epoch=self.epoch,
             address=self._address,
-            http_address=join_address(host, self._http.port) if self._http else None,
+            http_address=self._http_address(),
             layout=parts.facts.layout.fingerprint(),
             numerics=parts.facts.numerics,
             model=parts.card.served_names[0],

@@ -123,7 +123,8 @@ def test_ready_that_cannot_be_told_harms_nobody() -> None:
 from types import SimpleNamespace
 from tandem.local import Ready, print_ready
 
-print_ready(Ready("http://x", (SimpleNamespace(worker="d", address="a", num_blocks=1, block_size=1, model="m"),)))
+worker = SimpleNamespace(worker="d", address="a", http_address=None, num_blocks=1, block_size=1, model="m")
+print_ready(Ready("http://x", (worker,)))
 """
     told = subprocess.run([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True, check=True)
     assert told.stdout.startswith("Ready: http://x")
@@ -137,6 +138,7 @@ def test_ready_is_told_in_words() -> None:
         role=Role.DECODE,
         epoch=Epoch("e"),
         address="127.0.0.1:5",
+        http_address="127.0.0.1:6",
         layout="l",
         numerics="n",
         model="tiny",
@@ -146,7 +148,7 @@ def test_ready_is_told_in_words() -> None:
     )
     text = Ready("http://127.0.0.1:8000/v1", (record,)).describe()
     assert "Ready: http://127.0.0.1:8000/v1  (model tiny)" in text
-    assert "decode-0  127.0.0.1:5  16,000 tokens of KV cache" in text
+    assert "decode-0  127.0.0.1:5  16,000 tokens of KV cache  http://127.0.0.1:6/metrics\n" in text
 
 
 @pytest.mark.parametrize(

@@ -48,7 +48,7 @@ class Desk:
     def __init__(self, service: WorkerService, client: aiohttp.ClientSession) -> None:
         assert service._http is not None
         self.address = service._address
-        self._url = f"http://127.0.0.1:{service._http.port}/metrics"
+        self.url = f"http://127.0.0.1:{service._http.port}/metrics"
         self._client = client
 
     async def shows(self, *lines: str) -> None:
@@ -57,7 +57,7 @@ class Desk:
                 await asyncio.sleep(0.02)
 
     async def _page(self) -> list[str]:
-        async with self._client.get(self._url) as response:
+        async with self._client.get(self.url) as response:
             return (await response.text()).splitlines()
 
     async def hears(self, method: str, *messages: bytes) -> None:
@@ -168,6 +168,14 @@ async def test_what_its_part_of_the_ledger_went_through(local_redis: LocalRedis,
         async with RedisLedger(local_redis.url, "test") as ledger:
             await ledger._redis.flushall()
         await desk.shows("tandem_ledger_inventories_total 2.0")
+
+
+async def test_its_log_says_where_its_page_is(
+    local_redis: LocalRedis, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "worker.service")
+    async with worker(Role.DECODE, local_redis, tmp_path) as desk:
+        assert f"metrics are at {desk.url}" in caplog.messages
 
 
 async def until(receive: Callable[[], Awaitable[FromWorker]], kind: type[FromWorker]) -> None:
