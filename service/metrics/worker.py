@@ -38,39 +38,46 @@ class RefusalCounts(Protocol):
 
 
 class WorkerMetrics(MetricsPage):
+    """Families that a router has as well bear ``role`` here, so that no sum need count a request twice."""
+
     def __init__(self, model_name: str, role: Role, refusals: RefusalCounts) -> None:
         super().__init__()
         registry = self.registry
-        model = {"model_name": model_name}
+        own = {"role": role.value}
+        of_model = {"model_name": model_name, **own}
         self._role = role.value
+        self._of_model = of_model
         self._totals = EngineTotals()
 
-        def gauge(name: str, text: str) -> Gauge:
-            return Gauge(f"vllm:{name}", text, tuple(model), registry=registry).labels(**model)
+        def gauge(name: str, text: str, labels: dict[str, str]) -> Gauge:
+            return Gauge(name, text, tuple(labels), registry=registry).labels(**labels)
 
-        def counter(name: str, text: str) -> Counter:
-            return Counter(f"vllm:{name}", text, tuple(model), registry=registry).labels(**model)
+        def counter(name: str, text: str, labels: dict[str, str]) -> Counter:
+            return Counter(name, text, tuple(labels), registry=registry).labels(**labels)
 
-        self._running = gauge("num_requests_running", "Requests in the engine's steps.")
-        self._waiting = gauge("num_requests_waiting", "Requests waiting to be computed.")
-        self._kv_usage = gauge("kv_cache_usage_perc", "Share of the KV blocks in use, from 0 to 1.")
-        self._preemptions = counter("num_preemptions", "Sequences that lost their blocks and were computed again.")
-        self._queries = counter("prefix_cache_queries", "Prompt tokens looked up in the prefix cache.")
-        self._hits = counter("prefix_cache_hits", "Prompt tokens found in the prefix cache.")
-        self._prompt_tokens = counter("prompt_tokens", "Prompt tokens computed.")
-        self._generation_tokens = counter("generation_tokens", "Tokens generated.")
-        self._corrupted = counter("corrupted_requests", "Requests given up because their logits were not finite.")
-        self._step_tokens = Histogram(
-            "vllm:iteration_tokens_total", "Tokens per step.", tuple(model), buckets=STEP_TOKENS, registry=registry
-        ).labels(**model)
-        self._model = model
+        def histogram(name: str, text: str, labels: dict[str, str], buckets: tuple[float, ...]) -> Histogram:
+            return Histogram(name, text, tuple(labels), buckets=buckets, registry=registry).labels(**labels)
+
+        self._running = gauge("vllm:num_requests_running", "Requests in the engine's steps.", of_model)
+        self._waiting = gauge("vllm:num_requests_waiting", "Requests waiting to be computed.", of_model)
+        self._kv_usage = gauge("vllm:kv_cache_usage_perc", "Share of the KV blocks in use, from 0 to 1.", of_model)
+        self._preemptions = counter(
+            "vllm:num_preemptions", "Sequences that lost their blocks and were computed again.", of_model
+        )
+        self._queries = counter("vllm:prefix_cache_queries", "Prompt tokens looked up in the prefix cache.", of_model)
+        self._hits = counter("vllm:prefix_cache_hits", "Prompt tokens found in the prefix cache.", of_model)
+        self._corrupted = counter(
+            "vllm:corrupted_requests", "Requests given up because their logits were not finite.", of_model
+        )
+        self._step_tokens = histogram("vllm:iteration_tokens_total", "Tokens per step.", of_model, STEP_TOKENS)
         self._cache_config: Gauge | None = None
 
-        self._step_seconds = Histogram(
-            "tandem_step_seconds", "Seconds per engine step.", buckets=STAGE, registry=registry
-        )
-        self._waiting_tokens = Gauge("tandem_waiting_tokens", "Prompt tokens not yet computed.", registry=registry)
-        self._held = Gauge("tandem_held_requests", "Prompts computed and not yet handed over.", registry=registry)
+        self._computed = counter("tandem_computed_prompt_tokens", "Prompt tokens computed, in every try.", own)
+        self._generated = counter("tandem_generated_tokens", "Tokens generated, in every try.", own)
+        self._step_seconds = histogram("tandem_step_seconds", "Seconds per engine step.", own, STAGE)
+        self._waiting_tokens = gauge("tandem_waiting_tokens", "Prompt tokens not yet computed.", own)
+        self._held = gauge("tandem_held_requests", "Prompts computed and not yet handed over.", own)
+        self._leases = counter("tandem_leases_expired", "Leases that ended without news.", own)
         self._transfer_bytes = Counter(
             "tandem_kv_transfer_bytes", "KV bytes sent or received.", ("transport", "role"), registry=registry
         )
@@ -87,6 +94,9 @@ class WorkerMetrics(MetricsPage):
             ("reason", "role"),
             registry=registry,
         )
+        self._stages = Histogram(
+            "tandem_stage_seconds", "Seconds spent in a stage.", ("stage", "role"), buckets=STAGE, registry=registry
+        )
         self.show_totals(
             "tandem_refused_messages", "Messages of routers and peers not applied.", "reason", refusals.by_reason
         )
@@ -95,17 +105,13 @@ class WorkerMetrics(MetricsPage):
             "Blocks whose bytes were not right where they came; on a prefill worker: those that were asked for again.",
             lambda: refusals.num_damaged,
         )
-        self._leases = Counter("tandem_leases_expired", "Leases that ended without news.", registry=registry)
-        self._stages = Histogram(
-            "tandem_stage_seconds", "Seconds spent in a stage.", ("stage",), buckets=STAGE, registry=registry
-        )
 
     def set_cache_config(
         self, *, block_size: int, num_blocks: int, max_concurrency: float, prefix_caching: bool
     ) -> None:
         """The KV memory's shape, as labels of a constant 1. Once."""
         labels = {
-            **self._model,
+            **self._of_model,
             "block_size": str(block_size),
             "num_gpu_blocks": str(num_blocks),
             "enable_prefix_caching": str(prefix_caching),
@@ -137,8 +143,8 @@ class WorkerMetrics(MetricsPage):
         self._preemptions.inc(totals.num_preemptions - last.num_preemptions)
         self._queries.inc(totals.cache_query_tokens - last.cache_query_tokens)
         self._hits.inc(totals.cache_hit_tokens - last.cache_hit_tokens)
-        self._prompt_tokens.inc(totals.prompt_tokens - last.prompt_tokens)
-        self._generation_tokens.inc(totals.generated_tokens - last.generated_tokens)
+        self._computed.inc(totals.prompt_tokens - last.prompt_tokens)
+        self._generated.inc(totals.generated_tokens - last.generated_tokens)
         self._corrupted.inc(totals.num_failed - last.num_failed)
 
     def transferred(self, transport: str, num_bytes: int, seconds: float) -> None:
@@ -153,4 +159,4 @@ class WorkerMetrics(MetricsPage):
         self._leases.inc()
 
     def stage_left(self, stage: Stage, seconds: float) -> None:
-        self._stages.labels(stage.value).observe(seconds)
+        self._stages.labels(stage.value, self._role).observe(seconds)

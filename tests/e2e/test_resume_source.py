@@ -56,7 +56,7 @@ class Workers:
 
     def computed(self, worker: str) -> float:
         """Prompt tokens that it has computed since its start."""
-        return self._stack.metric("vllm:prompt_tokens_total", self._urls[WorkerId(worker)])
+        return self._stack.metric("tandem_computed_prompt_tokens_total", self._urls[WorkerId(worker)])
 
     def decoding(self) -> str:
         """The decode worker that has something to do."""

@@ -241,4 +241,4 @@ async def kill_one(arena: Arena, expected: Tokens) -> None:
 async def generated(arena: Arena) -> float:
     """Tokens, by all decode workers as they are now."""
     pages = [await arena.metrics(worker.http_port) for worker in arena.of(Role.DECODE)]
-    return sum(total(page, "vllm:generation_tokens_total") for page in pages)
+    return sum(total(page, "tandem_generated_tokens_total") for page in pages)

@@ -40,8 +40,7 @@ ENGINE_SERIES = {
     "vllm:num_preemptions_total",
     "vllm:prefix_cache_queries_total",
     "vllm:prefix_cache_hits_total",
-    "vllm:prompt_tokens_total",
-    "vllm:generation_tokens_total",
+    "vllm:corrupted_requests_total",
 }
 
 
@@ -52,6 +51,10 @@ def samples(page: MetricsPage) -> dict[tuple[str, frozenset[tuple[str, str]]], f
 
 def value(page: MetricsPage, name: str, **labels: str) -> float | None:
     return samples(page).get((name, frozenset(labels.items())))
+
+
+def names(page: MetricsPage) -> set[str]:
+    return {family.name for family in page.registry.collect()}
 
 
 def names_of_model(page: MetricsPage, model: str) -> set[str]:
@@ -177,11 +180,11 @@ def test_engine_totals_advance_counters_and_never_twice() -> None:
     )
     metrics.set_totals(totals)
     metrics.set_totals(totals)
-    assert value(metrics, "vllm:num_preemptions_total", model_name="m") == 1
-    assert value(metrics, "vllm:prefix_cache_queries_total", model_name="m") == 50
-    assert value(metrics, "vllm:prefix_cache_hits_total", model_name="m") == 20
-    assert value(metrics, "vllm:prompt_tokens_total", model_name="m") == 30
-    assert value(metrics, "vllm:generation_tokens_total", model_name="m") == 4
+    assert value(metrics, "vllm:num_preemptions_total", model_name="m", role="decode") == 1
+    assert value(metrics, "vllm:prefix_cache_queries_total", model_name="m", role="decode") == 50
+    assert value(metrics, "vllm:prefix_cache_hits_total", model_name="m", role="decode") == 20
+    assert value(metrics, "tandem_computed_prompt_tokens_total", role="decode") == 30
+    assert value(metrics, "tandem_generated_tokens_total", role="decode") == 4
 
 
 def test_a_worker_s_hand_offs_and_steps() -> None:
@@ -197,12 +200,33 @@ def test_a_worker_s_hand_offs_and_steps() -> None:
     assert value(metrics, "tandem_kv_transfer_bytes_total", transport="shm", role="decode") == 1500
     assert value(metrics, "tandem_kv_transfer_seconds_count", transport="shm", role="decode") == 2
     assert value(metrics, "tandem_handoffs_refused_total", reason="full", role="decode") == 1
-    assert value(metrics, "tandem_leases_expired_total") == 1
-    assert value(metrics, "vllm:iteration_tokens_total_sum", model_name="m") == 17
-    assert value(metrics, "tandem_held_requests") == 2
-    assert value(metrics, "tandem_waiting_tokens") == 99
-    assert value(metrics, "vllm:kv_cache_usage_perc", model_name="m") == pytest.approx(0.25)
-    assert value(metrics, "tandem_stage_seconds_sum", stage="adopted") == 0.1
+    assert value(metrics, "tandem_leases_expired_total", role="decode") == 1
+    assert value(metrics, "vllm:iteration_tokens_total_sum", model_name="m", role="decode") == 17
+    assert value(metrics, "tandem_held_requests", role="decode") == 2
+    assert value(metrics, "tandem_waiting_tokens", role="decode") == 99
+    assert value(metrics, "vllm:kv_cache_usage_perc", model_name="m", role="decode") == pytest.approx(0.25)
+    assert value(metrics, "tandem_stage_seconds_sum", stage="adopted", role="decode") == 0.1
+
+
+def test_what_a_router_and_its_workers_have_both_can_be_told_apart() -> None:
+    """Scraped under one job, they would be counted twice by a sum that does not say which it means."""
+    router, worker = RouterMetrics("m"), WorkerMetrics("m", Role.PREFILL, Refusals())
+    router.stage_left(Stage.QUEUED, 0.1)
+    worker.stage_left(Stage.QUEUED, 0.1)
+    worker.transferred("grpc", 1, 0.1)
+    shared = {name for name in names(router) & names(worker) if not name.startswith(("process_", "python_"))}
+    shared.discard("tandem_refused_messages")  # each counts what it refused itself
+    assert shared == {
+        "vllm:num_requests_running",
+        "vllm:num_requests_waiting",
+        "vllm:kv_cache_usage_perc",
+        "tandem_stage_seconds",
+        "tandem_kv_transfer_bytes",
+    }
+    for page, expected in ((router, False), (worker, True)):
+        for family in page.registry.collect():
+            if family.name in shared:
+                assert {"role" in sample.labels for sample in family.samples} == {expected}, family.name
 
 
 def test_what_a_worker_refused_is_read_when_the_page_is() -> None:

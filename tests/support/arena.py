@@ -378,7 +378,7 @@ class Arena:
     async def computed(self, workers: Iterable[Worker]) -> int:
         """Prompt tokens that they have computed, since they started."""
         pages = [await self.metrics(worker.http_port) for worker in workers]
-        return int(sum(total(page, "vllm:prompt_tokens_total") for page in pages))
+        return int(sum(total(page, "tandem_computed_prompt_tokens_total") for page in pages))
 
     async def transports_used(self) -> set[str]:
         """Over which ways KV has travelled, between the workers as they are now."""
