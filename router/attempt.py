@@ -75,6 +75,8 @@ class RequestEnd:
     stage: Stage
     finishes: tuple[FinishReason, ...]
     num_generated: int
+    num_longest: int
+    """Tokens of the choice that got most."""
     num_cached: int
     num_bytes_moved: int
     num_duplicates: int

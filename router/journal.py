@@ -69,6 +69,7 @@ class Journal:
                 stage=self.stage,
                 finishes=assembly.finishes(),
                 num_generated=sum(assembly.positions()),
+                num_longest=max(assembly.positions()),
                 num_cached=self.num_cached,
                 num_bytes_moved=self.num_bytes_moved,
                 num_duplicates=assembly.num_duplicates,

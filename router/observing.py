@@ -8,7 +8,7 @@ from typing import Protocol
 from kvtransfer.ledger.records import HandoffRecord
 from proto.errors import TandemError
 from proto.ids import RequestId
-from proto.lifecycle import Stage
+from proto.lifecycle import NOT_BEGUN, Stage
 from proto.request import FinishReason, TokenOut
 from router.attempt import RequestEnd
 from router.recovery import Remedy
@@ -90,6 +90,7 @@ def summary_of(end: RequestEnd) -> RequestSummary:
         finish=_finish_of(end),
         num_prompt_tokens=len(end.request.prompt),
         num_generated=end.num_generated,
+        num_longest=end.num_longest,
         total_s=end.total_s,
         max_tokens=params.max_tokens,
         num_choices=params.n,
@@ -99,6 +100,7 @@ def summary_of(end: RequestEnd) -> RequestSummary:
         queue_s=_seconds(end, Stage.QUEUED),
         prefill_s=_seconds(end, Stage.PREFILLING, Stage.STREAMING),
         decode_s=_seconds(end, Stage.DECODING),
+        inference_s=_seconds(end, *(stage for stage in Stage if stage not in NOT_BEGUN)),
     )
 
 

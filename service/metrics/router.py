@@ -25,6 +25,8 @@ class RequestSummary:
     finish: FinishReason
     num_prompt_tokens: int
     num_generated: int
+    num_longest: int
+    """Tokens of the choice that got most."""
     total_s: float
     max_tokens: int | None = None
     num_choices: int = 1
@@ -34,6 +36,8 @@ class RequestSummary:
     queue_s: float | None = None
     prefill_s: float | None = None
     decode_s: float | None = None
+    inference_s: float | None = None
+    """From the prompt's first chunk to the end, in all tries: ``prefill_s``, the hand-off and ``decode_s``."""
 
 
 class RouterMetrics(MetricsPage):
@@ -188,9 +192,18 @@ class _VllmFamilies:
         self.queue = histogram("request_queue_time_seconds", "Seconds waiting to be computed.", REQUEST)
         self.prefill = histogram("request_prefill_time_seconds", "Seconds computing the prompt.", REQUEST)
         self.decode = histogram("request_decode_time_seconds", "Seconds generating.", REQUEST)
+        self.inference = histogram(
+            "request_inference_time_seconds", "Seconds from the prompt's first chunk to the end.", REQUEST
+        )
         self.request_prompt = histogram("request_prompt_tokens", "Prompt tokens per request.", tokens)
         self.request_generation = histogram("request_generation_tokens", "Generated tokens per request.", tokens)
-        self.request_max = histogram("request_max_num_generation_tokens", "Most tokens any choice may have.", tokens)
+        self.request_longest = histogram(
+            "request_max_num_generation_tokens", "Generated tokens of the choice that got most.", tokens
+        )
+        self.request_computed = histogram(
+            "request_prefill_kv_computed_tokens", "Prompt tokens that no prefix cache had, per request.", tokens
+        )
+        self.request_max = histogram("request_params_max_tokens", "Most tokens that a choice may have.", tokens)
         self.request_n = histogram("request_params_n", "Choices per request.", (1, 2, 5, 10, 20))
 
     def touch(self, model: str) -> None:
@@ -198,8 +211,9 @@ class _VllmFamilies:
         families: tuple[Counter | Gauge | Histogram, ...] = (
             *(self.prompt_tokens, self.cached_tokens, self.generation_tokens),
             *(self.running, self.waiting, self.kv_usage),
-            *(self.ttft, self.itl, self.tpot, self.e2e, self.queue, self.prefill, self.decode),
-            *(self.request_prompt, self.request_generation, self.request_max, self.request_n),
+            *(self.ttft, self.itl, self.tpot, self.e2e, self.queue, self.prefill, self.decode, self.inference),
+            *(self.request_prompt, self.request_computed, self.request_generation, self.request_longest),
+            *(self.request_max, self.request_n),
         )
         for family in families:
             family.labels(model)
@@ -214,13 +228,17 @@ class _VllmFamilies:
         self.e2e.labels(model).observe(summary.total_s)
         self.request_prompt.labels(model).observe(summary.num_prompt_tokens)
         self.request_generation.labels(model).observe(summary.num_generated)
+        self.request_longest.labels(model).observe(summary.num_longest)
         self.request_n.labels(model).observe(summary.num_choices)
+        if summary.num_generated:  # or nobody has said what was cached, and perhaps nothing was computed
+            self.request_computed.labels(model).observe(summary.num_prompt_tokens - summary.num_cached)
         if summary.max_tokens is not None:
             self.request_max.labels(model).observe(summary.max_tokens)
         for family, seconds in (
             (self.queue, summary.queue_s),
             (self.prefill, summary.prefill_s),
             (self.decode, summary.decode_s),
+            (self.inference, summary.inference_s),
         ):
             if seconds is not None:
                 family.labels(model).observe(seconds)

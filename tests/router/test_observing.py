@@ -81,6 +81,32 @@ async def test_a_request_leaves_its_numbers() -> None:
     assert orders == sorted(orders)
 
 
+async def test_a_prompt_s_computation_is_from_its_first_chunk_to_the_end() -> None:
+    house = Watched("p1", "d1")
+    stream = await house.start(max_tokens=3)
+    waited, computed, handed_over, decoded = 8.0, 4.0, 2.0, 1.0
+    house.reports("p1", stream.id, Stage.QUEUED)
+    house.timers.advance(waited)
+    house.reports("p1", stream.id, Stage.PREFILLING)
+    house.timers.advance(computed)
+    house.reports("p1", stream.id, Stage.SEALED, num_cached=1)
+    house.says("p1", token(stream.id, 0))
+    house.timers.advance(handed_over)
+    house.reports("d1", stream.id, Stage.ADOPTED, num_bytes=4096)
+    house.reports("d1", stream.id, Stage.DECODING)
+    house.timers.advance(decoded)
+    house.says("d1", token(stream.id, 1), token(stream.id, 2, last=True))
+
+    model = {"model_name": "tiny"}
+    assert house.value("vllm:request_queue_time_seconds_sum", **model) == waited
+    assert house.value("vllm:request_inference_time_seconds_sum", **model) == computed + handed_over + decoded
+    assert house.value("vllm:request_params_max_tokens_sum", **model) == 3
+    assert house.value("vllm:request_max_num_generation_tokens_sum", **model) == 3
+    prompt = house.value("vllm:request_prompt_tokens_sum", **model)
+    assert prompt is not None
+    assert house.value("vllm:request_prefill_kv_computed_tokens_sum", **model) == prompt - 1
+
+
 async def test_the_ledger_sees_every_try() -> None:
     house = Watched("p1", "d1", "d2")
     stream = await house.start()
@@ -125,8 +151,8 @@ async def test_a_summary_names_how_it_ended() -> None:
     stopped.stop_choice(1)
     house.timers.advance(1_000.0)
     first, second = (summary_of(end) for end in house.heard.ends)
-    assert (first.finish, first.num_choices, first.num_generated) == (FinishReason.STOP, 2, 1)
-    assert (second.finish, second.decode_s) == (FinishReason.ERROR, None)
+    assert (first.finish, first.num_choices, first.num_generated, first.num_longest) == (FinishReason.STOP, 2, 1, 1)
+    assert (second.finish, second.decode_s, second.inference_s) == (FinishReason.ERROR, None, None)
     assert failed.id != stopped.id
 
 

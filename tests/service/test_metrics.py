@@ -31,6 +31,9 @@ DASHBOARD_REQUEST_SERIES = {
     "vllm:request_prefill_time_seconds_sum",
     "vllm:request_decode_time_seconds_sum",
     "vllm:request_max_num_generation_tokens_sum",
+    "vllm:request_inference_time_seconds_sum",
+    "vllm:request_params_max_tokens_sum",
+    "vllm:request_prefill_kv_computed_tokens_sum",
 }
 ENGINE_SERIES = {
     "vllm:num_requests_running",
@@ -66,6 +69,7 @@ def summary(**changes: object) -> RequestSummary:
         "finish": FinishReason.STOP,
         "num_prompt_tokens": 100,
         "num_generated": 11,
+        "num_longest": 11,
         "total_s": 3.0,
         "max_tokens": 16,
         "num_cached": 32,
@@ -73,6 +77,7 @@ def summary(**changes: object) -> RequestSummary:
         "queue_s": 0.5,
         "prefill_s": 1.0,
         "decode_s": 1.0,
+        "inference_s": 2.25,
     }
     return RequestSummary(**(fields | changes))  # type: ignore[arg-type]
 
@@ -98,6 +103,21 @@ def test_a_finished_request_is_counted_once_everywhere() -> None:
     assert value(metrics, "vllm:request_queue_time_seconds_count", model_name="m") == 1
     assert value(metrics, "vllm:request_time_per_output_token_seconds_sum", model_name="m") == pytest.approx(0.1)
     assert value(metrics, "tandem_request_kv_transfer_bytes_sum") == 8192
+
+
+def test_what_a_request_asked_for_got_and_cost() -> None:
+    metrics = RouterMetrics("m")
+    metrics.finished(summary(num_choices=2, num_generated=11, num_longest=8))
+    never_begun = summary(finish=FinishReason.ERROR, num_generated=0, num_longest=0, num_cached=0, inference_s=None)
+    metrics.finished(never_begun)
+    for name, total, count in (
+        ("request_params_max_tokens", 32, 2),
+        ("request_max_num_generation_tokens", 8, 2),
+        ("request_prefill_kv_computed_tokens", 68, 1),
+        ("request_inference_time_seconds", 2.25, 1),
+    ):
+        assert value(metrics, f"vllm:{name}_sum", model_name="m") == total, name
+        assert value(metrics, f"vllm:{name}_count", model_name="m") == count, name
 
 
 def test_one_token_has_no_time_per_further_token() -> None:
