@@ -292,8 +292,7 @@ class EngineCore:
         )
 
     def _overloaded(self) -> Overloaded:
-        rate = self._meter.prompt_tokens_per_s
-        return Overloaded(
-            f"{len(self._live.waiting)} requests wait on this worker already.",
-            retry_after_s=max(1.0, self._live.waiting.num_tokens / rate) if rate > 0 else 1.0,
-        )
+        """Says when, by the usual length of what waits, one place will be free."""
+        waiting, rate = self._live.waiting, self._meter.prompt_tokens_per_s
+        place_s = waiting.num_tokens / max(1, len(waiting)) / rate if rate > 0 else 0.0
+        return Overloaded(f"{len(waiting)} requests wait on this worker already.", retry_after_s=max(1.0, place_s))

@@ -42,6 +42,8 @@ class NewRequest:
     label: str = ""
     layout: str = ""
     spent_s: float = 0.0
+    is_later: bool = False
+    """Other prompts of its HTTP request have started: where every queue is full, it waits for its turn."""
 
 
 class RequestStreamLike(Protocol):

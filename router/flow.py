@@ -184,7 +184,7 @@ class Flow:
         return self._begin(request, new, SILENCE)
 
     def _begin(self, request: Request, new: NewRequest, listener: Listener) -> RequestStream:
-        life = Life(request, new.label, self._rules, self, listener, self._timers)
+        life = Life(request, new.label, self._rules, self, listener, self._timers, is_later=new.is_later)
         try:
             layout = new.layout or self._fleet.layout
             hashes = self._fleet.hasher(layout).full_blocks(request.prompt, request.cache_salt)

@@ -44,6 +44,8 @@ class Life:
         dispatcher: Dispatcher,
         listener: Listener,
         timers: Timers,
+        *,
+        is_later: bool = False,
     ) -> None:
         self.request = request
         self.buffer = TokenBuffer(rules.max_buffered_tokens, timers, self._cut_off)
@@ -58,7 +60,8 @@ class Life:
         self._num_faults = 0
         # Where its numbers were not finite: the worker's fault, if another one serves it.
         self._doubted: Epoch | None = None
-        self._is_under_way = False
+        # What is under way is not turned away, and neither is a later prompt of what is.
+        self._is_under_way = is_later
         self._search = Search(dispatcher, rules, timers, self.wake)
         self._watch = Watch(timers, self._late)
         self._deadline, self._verdict = Alarm(timers), Alarm(timers)
@@ -88,15 +91,18 @@ class Life:
     # From the flow: the start, and the ends it can bring about.
 
     def begin(self, spent_s: float = 0.0) -> None:
-        """Places the request and tells its workers; where the last of them left a moment ago, waits for another.
+        """Places the request and tells its workers; where the last of them left a moment ago, waits for another; and
+        where all are full, if it is a later prompt, for its turn.
         ``spent_s`` of its time is over already.
 
         Raises NoWorker or Overloaded, and then nothing has happened.
         """
         try:
             decision = self._search.find(self.request, Remedy.RESTART, is_new=True)
-        except NoWorker as error:
-            if not self._dispatcher.had_worker_lately():
+        except (NoWorker, Overloaded) as error:
+            if isinstance(error, Overloaded) and not self._is_under_way:
+                raise
+            if isinstance(error, NoWorker) and not self._dispatcher.had_worker_lately():
                 raise
             self._need = Remedy.RESTART
             self._search.wait(error, self.stage)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from kvtransfer.ledger.records import WorkerRecord
-from proto.control import Attach, FromRouter, FromWorker, Hello, Prefill, Welcome
+from proto.control import Attach, FromRouter, FromWorker, Hello, Load, Prefill, Welcome
 from proto.health import HealthReport, Phase
 from router.links import ClientLike, WorkerLink
 from router.policy import Candidate
@@ -87,6 +87,7 @@ class Member:
         self.is_recorded = True
         self.is_draining = False
         self.full_until = 0.0
+        self._waiting_when_full: int | None = None
         self.load = record.load
         self.recent = Recent()
         self.trust = trust
@@ -114,10 +115,25 @@ class Member:
     def down(self, reason: str) -> None:
         self._events.member_down(self, reason)
 
+    def mark_full(self, until: float) -> None:
+        """It refused work: it is left alone until then, or until it reports that fewer wait."""
+        self.full_until = until
+        self._waiting_when_full = None
+
+    def reported(self, load: Load) -> None:
+        """Reports and refusals come in order, so the first report after a refusal is of a queue that was full."""
+        self.load = load
+        self.recent.reported()
+        at_first = self._waiting_when_full
+        if load.num_waiting == 0 or (at_first is not None and load.num_waiting < at_first):
+            self.full_until = 0.0
+        elif at_first is None:
+            self._waiting_when_full = load.num_waiting
+
     def reset(self) -> None:
         """Its stream is new."""
         self.is_draining = False
-        self.full_until = 0.0
+        self.mark_full(0.0)
         self.recent = Recent()
         self.sickness = ""
         self._num_unanswered = 0

@@ -204,8 +204,7 @@ class Registry:
 
     def member_said(self, member: Member, message: FromWorker) -> None:
         if isinstance(message, LoadReport):
-            member.load = message.load
-            member.recent.reported()
+            member.reported(message.load)
         elif self._events is not None:
             self._events.message_came(member.record.epoch, message)
 
@@ -218,9 +217,9 @@ class Registry:
             member.link.send(message)
 
     def mark_full(self, epoch: Epoch, seconds: float) -> None:
-        """It refused work: leave it alone for ``seconds``."""
+        """It refused work: leave it alone for ``seconds``, or until it reports that fewer wait."""
         if member := self._members.get(epoch):
-            member.full_until = self._clock() + seconds
+            member.mark_full(self._clock() + seconds)
 
     def mark_draining(self, epoch: Epoch) -> None:
         """It takes nothing new, until its stream comes up again."""

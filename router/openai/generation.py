@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from proto.errors import LocalFault, TandemError
 from proto.ids import WorkerId
@@ -128,11 +128,14 @@ class Generation:
 
     @classmethod
     async def start(cls, flow: FlowLike, model: ServedModel, requests: Sequence[NewRequest]) -> Generation:
-        """Starts every prompt; if one cannot start, none does. Raises what ``FlowLike.start`` raises."""
+        """Starts every prompt; if one cannot start, none does. Raises what ``FlowLike.start`` raises.
+
+        There may be more of them than workers' queues have places: the later ones wait for their turn.
+        """
         answers: list[Answer] = []
         try:
             for new in requests:
-                stream = await flow.start(new)
+                stream = await flow.start(replace(new, is_later=bool(answers)))
                 answers.append(Answer(stream, model, new, len(answers) * new.params.n))
         except BaseException as error:
             started = cls(answers)

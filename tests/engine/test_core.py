@@ -257,6 +257,18 @@ def test_the_queue_is_bounded_but_not_for_resumes() -> None:
     bench.core.add(make_request("c", prompt_of(5)))
 
 
+def test_who_is_turned_away_is_told_when_a_place_is_free() -> None:
+    ticks = itertools.count(step=100)
+    bench = Bench(make_facts(max_num_seqs=1), max_num_queued=2, clock=lambda: float(next(ticks)))
+    bench.core.add(make_request("a", prompt_of(8), max_tokens=20, ignore_eos=True))
+    bench.step()
+    for name, length in (("b", 10), ("c", 30)):
+        bench.core.add(make_request(name, prompt_of(length)))
+    with pytest.raises(Overloaded) as caught:
+        bench.core.add(make_request("d", prompt_of(5)))
+    assert caught.value.retry_after_s == pytest.approx(20 / bench.core.load().tokens_per_s)
+
+
 def test_a_twice_used_id_is_our_own_fault() -> None:
     bench = Bench()
     bench.core.add(make_request("a", prompt_of(5)))

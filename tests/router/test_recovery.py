@@ -318,6 +318,23 @@ async def test_a_full_queue_means_another_worker_and_then_429() -> None:
     await house.start()
 
 
+async def test_a_later_prompt_of_a_request_waits_for_its_turn_where_all_queues_are_full() -> None:
+    house = House("p1", "d1")
+    first, second = await house.start(), await house.start(is_later=True)
+    house.rejects("p1", second.id, RejectReason.FULL, retry_after_s=2.0)
+    third = await house.start(is_later=True)
+    assert house.flow.num_waiting == 2
+    with pytest.raises(Overloaded):
+        await house.start()
+    house.timers.advance(2.5)
+    assert house.flow.num_waiting == 0
+    # The one that was turned away there is the decode worker's alone now.
+    for stream, prefill, generation in ((first, "p1", 1), (second, "d1", 2), (third, "p1", 1)):
+        house.says(prefill, token(stream.id, 0), generation=generation)
+        house.says("d1", token(stream.id, 1, last=True), generation=generation)
+        assert len(await read_all(stream)) == 2
+
+
 async def test_a_resume_is_never_answered_429() -> None:
     house = House("p1", "d1", "d2")
     stream = await house.start()

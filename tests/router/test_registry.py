@@ -188,6 +188,14 @@ class Fleet:
                 self._news.clear()
                 await self._news.wait()
 
+    async def hears(self, name: str, load: Load) -> None:
+        """The worker's report has come, and a word after it."""
+        stream = self.network.streams[Epoch(f"epoch-{name}")]
+        stream.say(LoadReport(load))
+        stream.say(Progress(RequestId("r"), Generation(1), Stage.QUEUED))
+        await self.until(lambda: bool(self.messages))
+        self.messages.clear()
+
     async def until_polled(self, condition: Callable[[], bool]) -> None:
         """For what no event tells of."""
         async with asyncio.timeout(10):
@@ -387,10 +395,7 @@ async def test_what_was_sent_counts_until_the_second_report(fleet: Fleet) -> Non
     fleet.registry.send(Epoch("epoch-d1"), Attach(REQUEST, Generation(1), True, 30.0))
     assert fleet.one("d1").sent_tokens == 50
     for left in (50, 0):
-        fleet.network.streams[Epoch("epoch-p1")].say(LoadReport(Load()))
-        fleet.network.streams[Epoch("epoch-p1")].say(Progress(RequestId("r"), Generation(1), Stage.QUEUED))
-        await fleet.until(lambda: bool(fleet.messages))
-        fleet.messages.clear()
+        await fleet.hears("p1", Load())
         assert fleet.one("p1").sent_tokens == left
 
 
@@ -404,6 +409,16 @@ async def test_full_and_draining_workers(fleet: Fleet) -> None:
     assert fleet.one("p1").full_for_s == 0.0
     fleet.registry.records_changed([dataclasses.replace(record("p1"), draining=True), record("d1")])
     assert not fleet.one("p1").is_usable
+
+
+async def test_a_full_worker_is_asked_again_when_fewer_wait(fleet: Fleet) -> None:
+    await fleet.up(record("p1"), record("d1"))
+    for waiting in ([8, 8, 7], [7, 6], [0]):
+        fleet.registry.mark_full(Epoch("epoch-p1"), 50.0)
+        for number in waiting:
+            assert fleet.one("p1").full_for_s == 50.0
+            await fleet.hears("p1", Load(num_waiting=number))
+        assert fleet.one("p1").full_for_s == 0.0
 
 
 async def test_workers_that_disagree_are_named_in_the_log(fleet: Fleet, caplog: pytest.LogCaptureFixture) -> None:

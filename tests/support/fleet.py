@@ -200,9 +200,12 @@ class House:
             goals,
         )
 
-    async def start(self, prompt: Sequence[int] = tuple(range(10)), **params: object) -> RequestStream:
+    async def start(
+        self, prompt: Sequence[int] = tuple(range(10)), *, is_later: bool = False, **params: object
+    ) -> RequestStream:
         params = {"max_tokens": 64, **params}
-        return await self.flow.start(NewRequest(prompt=tuple(prompt), params=SamplingParams(**params)))  # type: ignore[arg-type]
+        checked = SamplingParams(**params)  # type: ignore[arg-type]
+        return await self.flow.start(NewRequest(prompt=tuple(prompt), params=checked, is_later=is_later))
 
     # What was sent.
 
