@@ -30,7 +30,8 @@ a file that `--config` takes back.
 - Booleans are `--x` and `--no-x`; `--x=false` is understood too.
 - In the file, keys may be nested under their component or stand flat. Unknown keys are errors. One file may serve a
   whole deployment: each command takes from it what it needs.
-- An empty environment variable counts as not set.
+- An empty environment variable counts as not set. One environment may serve a whole deployment: what other commands
+  read is left to them. A name that begins with `TANDEM_` and that nothing reads is warned of.
 """
 
 

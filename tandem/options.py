@@ -9,6 +9,7 @@ file is read or printed, so that ``--help`` is instant.
 from __future__ import annotations
 
 import argparse
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,8 +24,11 @@ from tandem.parser import Parser, nearest
 T = TypeVar("T")
 
 MASK = "***"
-OTHER_ENV = frozenset({"TANDEM_CONFIG", "TANDEM_CACHE", "TANDEM_DEMO_ONCE"})
-"""Environment names of ours that are not settings."""
+OTHER_ENV = frozenset({"TANDEM_CONFIG", "TANDEM_CACHE", "TANDEM_DEMO_ONCE", "TANDEM_VERSION"})
+"""Environment names of ours that are not settings; the version is of compose's images."""
+_KUBERNETES = re.compile(r".*_(SERVICE_HOST|SERVICE_PORT(_.+)?|PORT_\d+_(TCP|UDP|SCTP)(_(PROTO|PORT|ADDR))?)")
+"""What Kubernetes sets for a service whose name begins with tandem; beside these there is X_PORT=tcp://..."""
+_ADDRESSES = ("tcp://", "udp://", "sctp://")
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +39,8 @@ class Scope:
     without: frozenset[str] = frozenset()
     takes_model: bool = False
     """Whether the command takes the model as its first argument."""
+    is_all: bool = False
+    """Whether the command is the whole deployment: settings that it does not take are nobody's."""
 
     def options(self) -> tuple[Option, ...]:
         found = (option for section in self.sections for option in options_of(section))
@@ -60,7 +66,12 @@ _OF_ROUTER = frozenset(
 """What a router needs of the engine's settings; the rest it learns from the workers."""
 _NOT_OF_ROUTER = frozenset(option.key for section in ("model", "cache") for option in options_of(section)) - _OF_ROUTER
 
-SERVE = Scope(("local", *_ENGINE, "ledger", "rpc", "worker", "router", "log"), _OWN_ADDRESS | _SHARED, takes_model=True)
+SERVE = Scope(
+    ("local", *_ENGINE, "ledger", "rpc", "worker", "router", "log"),
+    _OWN_ADDRESS | _SHARED,
+    takes_model=True,
+    is_all=True,
+)
 WORKER = Scope((*_ENGINE, "ledger", "rpc", "worker", "log"), takes_model=True)
 ROUTER = Scope(("router", "ledger", "rpc", "model", "cache", "log"), _NOT_OF_ROUTER)
 OFFLINE = Scope(_ENGINE)
@@ -176,8 +187,10 @@ def settings_environ(settings: Iterable[object]) -> dict[str, str]:
 
 
 def without_settings(environ: Mapping[str, str]) -> dict[str, str]:
-    """``environ`` without any variable that names a setting or the config file."""
-    names = {name for option in all_options() for name in option.env} | {"TANDEM_CONFIG"}
+    """``environ`` without any variable that names a setting, or would by its prefix, or the config file."""
+    kept = OTHER_ENV - {"TANDEM_CONFIG"}
+    names = {name for option in all_options() for name in option.env}
+    names |= {name for name in environ if name.startswith(ENV_PREFIX)} - kept
     return {name: value for name, value in environ.items() if name not in names}
 
 
@@ -233,16 +246,42 @@ def _from_environ(scope: Scope, environ: Mapping[str, str], warnings: list[str])
         if name is None:
             continue
         text = environ[name]
-        if option.base is int and text.startswith(("tcp://", "udp://")):
+        if option.base is int and text.startswith(_ADDRESSES):
             warnings.append(f"{name}={text} was set by Kubernetes for a service of that name; it is ignored")
             continue
         found[option.key] = _read(option, text, name)
-    known = {name for option in all_options() for name in option.env} | OTHER_ENV
-    for name in sorted(environ.keys() - known):
-        near = nearest(name, known, cutoff=0.85) if name.startswith(ENV_PREFIX) else ""
-        if near:
-            warnings.append(f"{name} is not a setting and is ignored.{near}")
+    warnings.extend(_unread_names(scope, environ))
     return found
+
+
+def _unread_names(scope: Scope, environ: Mapping[str, str]) -> Iterable[str]:
+    """Warnings of names that look like ours and that nothing reads. One environment may serve a whole deployment: what
+    other commands read is left to them."""
+    settings = {name for option in all_options() for name in option.env}
+    known = settings | OTHER_ENV
+    given = sorted(name for name, text in environ.items() if name.startswith(ENV_PREFIX) and text)
+    given = [name for name in given if not _is_of_kubernetes(name, environ[name])]
+    if scope.is_all:
+        own = {name for option in scope.options() for name in option.env}
+        if unread := [name for name in given if name in settings - own]:
+            yield f"ignored here, where every worker gets its own: {', '.join(unread)}"
+    unexplained = []
+    for name in given:
+        entry = BY_NAME.get(name.removeprefix(ENV_PREFIX).lower())
+        if name in known:
+            continue
+        if entry is not None:
+            yield f"{name} is not a setting and is ignored: {entry.why}"
+        elif near := nearest(name, known, cutoff=0.85):
+            yield f"{name} is not a setting and is ignored.{near}"
+        else:
+            unexplained.append(name)
+    if unexplained:
+        yield f"not settings, and ignored: {', '.join(unexplained)}"
+
+
+def _is_of_kubernetes(name: str, text: str) -> bool:
+    return _KUBERNETES.fullmatch(name) is not None or (name.endswith("_PORT") and text.startswith(_ADDRESSES))
 
 
 def _from_file(scope: Scope, path: Path, warnings: list[str]) -> dict[str, Value]:

@@ -351,11 +351,42 @@ def test_kubernetes_service_variables_are_no_settings() -> None:
     assert resolved.get(RouterSettings).port == 8000
     assert len(resolved.warnings) == 1
     assert "Kubernetes" in resolved.warnings[0]
+    others = {
+        "TANDEM_ROUTER_SERVICE_PORT_HTTP": "80",
+        "TANDEM_ROUTER_PORT": "tcp://10.0.0.1:80",
+        "TANDEM_ROUTER_PORT_80_TCP": "tcp://10.0.0.1:80",
+        "TANDEM_ROUTER_PORT_80_TCP_ADDR": "10.0.0.1",
+        "TANDEM_HTTP_PORT": "tcp://10.0.0.2:80",
+    }
+    assert resolve(environ=others).warnings == ()
 
 
 def test_a_misspelt_environment_variable_is_pointed_out() -> None:
     (warning,) = resolve(environ={"TANDEM_MAX_MODLE_LEN": "3"}).warnings
     assert "Did you mean TANDEM_MAX_MODEL_LEN?" in warning
+
+
+def test_environment_names_that_nothing_reads_are_named_once() -> None:
+    environ = {"TANDEM_SHARDS": "4", "TANDEM_TENSOR_PARALLEL_SIZE": "4", "TANDEM_ROUTER_PORT": "80", "TANDEM_EMPTY": ""}
+    for scope in (SERVE, WORKER, ROUTER):
+        why, names = resolve(scope=scope, environ=environ).warnings
+        assert why.startswith("TANDEM_TENSOR_PARALLEL_SIZE is not a setting and is ignored: each worker runs on one")
+        assert names == "not settings, and ignored: TANDEM_ROUTER_PORT, TANDEM_SHARDS"
+    assert options.without_settings(environ) == {}, "the children of one that has warned need not"
+
+
+def test_serve_names_what_is_for_a_worker_alone() -> None:
+    environ = {"TANDEM_HTTP_PORT": "8001", "TANDEM_WORKER_ID": "me"}
+    (warning,) = resolve(environ=environ).warnings
+    assert warning.endswith(": TANDEM_HTTP_PORT, TANDEM_WORKER_ID")
+    assert resolve(scope=WORKER, environ=environ).warnings == ()
+
+
+def test_one_environment_serves_the_whole_deployment() -> None:
+    environ = {option.env[0]: option.write(option.default) for option in all_options() if option.default is not None}
+    environ |= dict.fromkeys(options.OTHER_ENV - {"TANDEM_CONFIG"}, "x")
+    for scope in (WORKER, ROUTER):
+        assert resolve(scope=scope, environ=environ).warnings == ()
 
 
 # --- folklore --------------------------------------------------------------------------------------------------------
