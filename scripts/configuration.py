@@ -12,7 +12,7 @@ sys.path.insert(0, str(ROOT))
 
 from tandem.folklore import FOLKLORE, RENAMED  # noqa: E402
 from tandem.option import SECTIONS, Option, options_of  # noqa: E402
-from tandem.options import ROUTER, SERVE, WORKER  # noqa: E402
+from tandem.options import COMMANDS, takers  # noqa: E402
 
 HEAD = """\
 # Configuration
@@ -39,9 +39,15 @@ def render() -> str:
     parts = [HEAD]
     for section in ("model", "cache", "scheduler", "local", "ledger", "rpc", "worker", "router", "log"):
         doc = (SECTIONS[section].__doc__ or "").strip().replace("``", "`")
-        parts.append(f"## {section}\n\n{doc} {commands_of(section)}\n")
-        parts.append("| flag | default | what it is |\n|---|---|---|")
-        parts.extend(row(option) for option in options_of(section))
+        commands = {takers(option) for option in options_of(section)}
+        if len(commands) == 1:
+            parts.append(f"## {section}\n\n{doc} Taken by {', '.join(*commands)}.\n")
+            parts.append("| flag | default | what it is |\n|---|---|---|")
+            parts.extend(row(option) for option in options_of(section))
+        else:
+            parts.append(f"## {section}\n\n{doc}\n")
+            parts.append("| flag | default | what it is | taken by |\n|---|---|---|---|")
+            parts.extend(f"{row(option)} {briefly(takers(option))} |" for option in options_of(section))
         parts.append("")
     parts.append(
         "## Flags of other servers\n\nWhat is pasted from a guide should do what it says, or explain itself. These are "
@@ -64,10 +70,10 @@ def row(option: Option) -> str:
     return f"| {', '.join(names)} | {default} | {text.replace('|', '&#124;')} |"
 
 
-def commands_of(section: str) -> str:
-    scopes = {"serve": SERVE, "prefill": WORKER, "decode": WORKER, "router": ROUTER}
-    names = [f"`tandem {name}`" for name, scope in scopes.items() if section in scope.sections]
-    return f"Taken by {', '.join(names)}."
+def briefly(commands: tuple[str, ...]) -> str:
+    if len(commands) == len(COMMANDS):
+        return "all"
+    return ", ".join(command.strip("`").removeprefix("tandem ") for command in commands)
 
 
 def main() -> int:

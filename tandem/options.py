@@ -65,6 +65,8 @@ _OF_ROUTER = frozenset(
 )
 """What a router needs of the engine's settings; the rest it learns from the workers."""
 _NOT_OF_ROUTER = frozenset(option.key for section in ("model", "cache") for option in options_of(section)) - _OF_ROUTER
+_NOT_OF_WORKER = frozenset(("model.generation_config", "model.override_generation_config"))
+"""The router fills in what a request does not say of sampling."""
 
 SERVE = Scope(
     ("local", *_ENGINE, "ledger", "rpc", "worker", "router", "log"),
@@ -72,9 +74,12 @@ SERVE = Scope(
     takes_model=True,
     is_all=True,
 )
-WORKER = Scope((*_ENGINE, "ledger", "rpc", "worker", "log"), takes_model=True)
+WORKER = Scope((*_ENGINE, "ledger", "rpc", "worker", "log"), _NOT_OF_WORKER, takes_model=True)
 ROUTER = Scope(("router", "ledger", "rpc", "model", "cache", "log"), _NOT_OF_ROUTER)
 OFFLINE = Scope(_ENGINE)
+
+COMMANDS = {"serve": SERVE, "router": ROUTER, "prefill": WORKER, "decode": WORKER}
+"""Each command's scope, of those that start a deployment or a part of it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,6 +115,11 @@ class Resolved:
         return yaml.safe_dump(tree, sort_keys=False, default_flow_style=False, allow_unicode=True)
 
 
+def takers(option: Option) -> tuple[str, ...]:
+    """The commands that take it, as one types them."""
+    return tuple(f"`tandem {name}`" for name, scope in COMMANDS.items() if option in scope.options())
+
+
 def build_parser(scope: Scope, prog: str, description: str) -> Parser:
     """A parser whose namespace holds only what was given: texts under ``section.name``, folklore under its name."""
     epilog = (
@@ -129,6 +139,10 @@ def build_parser(scope: Scope, prog: str, description: str) -> Parser:
         for option in scope.options():
             if option.section == section:
                 _add(parser, group, option)
+    own = {option.flag for option in scope.options()}
+    for option in all_options():
+        if option.flag not in own:
+            parser.add_stranger(option.flag, f"it is for {', '.join(takers(option))}")
     for entry in FOLKLORE:
         flags = [entry.flag] if entry.short is None else [entry.flag, entry.short]
         dest, hidden = f"folklore.{entry.name}", argparse.SUPPRESS

@@ -21,6 +21,7 @@ class Parser(argparse.ArgumentParser):
         super().__init__(prog, description=description, epilog=epilog or None, allow_abbrev=False)
         self._booleans: set[str] = set()
         self._lists: set[str] = set()
+        self._strangers: dict[str, str] = {}
 
     def add_boolean(self, group: argparse._ArgumentGroup, flag: str, dest: str, text: str) -> None:
         """``--x`` and ``--no-x``; ``--x=false`` and ``--x true`` are understood too."""
@@ -39,6 +40,10 @@ class Parser(argparse.ArgumentParser):
         """``--x a,b``, ``--x a --x b``, and ``--x a b`` where b can be nothing else: see ``_spelled_out``."""
         self._lists.add(flag)
         group.add_argument(flag, dest=dest, default=argparse.SUPPRESS, action="append", metavar=metavar, help=text)
+
+    def add_stranger(self, flag: str, why: str) -> None:
+        """A flag that is not this command's: ``why`` is told to who gives it, or its ``--no-`` form."""
+        self._strangers |= {flag: why, "--no-" + flag[2:]: why}
 
     def error(self, message: str) -> NoReturn:
         raise SettingsError(f"{message[:1].upper()}{message[1:]}")
@@ -86,6 +91,8 @@ class Parser(argparse.ArgumentParser):
                 f"Unexpected argument {arg!r}. Lists are written with commas, or by repeating the flag."
             )
         name = arg.split("=")[0]
+        if name in self._strangers:
+            raise SettingsError(f"Unknown flag {name}: {self._strangers[name]}.")
         raise SettingsError(f"Unknown flag {name}.{nearest(name, self._option_string_actions, cutoff=0.8)}")
 
 

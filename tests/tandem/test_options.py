@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -27,7 +28,7 @@ from proto.settings import (
 from tandem import options
 from tandem.folklore import FOLKLORE, RENAMED
 from tandem.option import SECTIONS, BadValue, Option, Value, all_options, options_of, read_quantity
-from tandem.options import OFFLINE, ROUTER, SERVE, WORKER, Resolved, Scope
+from tandem.options import COMMANDS, OFFLINE, ROUTER, SERVE, WORKER, Resolved, Scope
 from worker.service import TOMBSTONE_S
 
 parser_of = functools.cache(lambda scope: options.build_parser(scope, "tandem", ""))
@@ -503,8 +504,38 @@ def test_one_file_serves_the_whole_deployment(tmp_path: Path) -> None:
 
 
 def test_a_routers_flags_are_unknown_to_a_worker() -> None:
-    with pytest.raises(SettingsError, match="Unknown flag --disagg-threshold"):
+    with pytest.raises(SettingsError, match="Unknown flag --disagg-threshold: it is for `tandem serve`, "):
         resolve("--disagg-threshold", "1", scope=WORKER)
+
+
+def test_sampling_defaults_are_the_routers_to_fill_in() -> None:
+    for flags in (["--generation-config", "vllm"], ["--override_generation_config={}"]):
+        for scope in (SERVE, ROUTER):
+            assert len(resolve(*flags, scope=scope).given) == 1
+        with pytest.raises(SettingsError, match=r"generation-config: it is for `tandem serve`, `tandem router`\."):
+            resolve(*flags, scope=WORKER)
+
+
+def test_every_flag_of_another_command_says_whose_it_is() -> None:
+    for scope in COMMANDS.values():
+        own = {option.flag for option in scope.options()}
+        for option in all_options():
+            for flag in (option.flag, "--no-" + option.flag[2:]):
+                if option.flag not in own:
+                    with pytest.raises(SettingsError, match=f"^Unknown flag {flag}: it is for `tandem "):
+                        resolve(flag, scope=scope)
+
+
+def test_the_page_names_the_commands_that_take_each_flag() -> None:
+    page = (Path(__file__).parents[2] / "docs" / "configuration.md").read_text()
+    for section in SECTIONS:
+        part = page.split(f"\n## {section}\n")[1].split("\n## ")[0]
+        for option in options_of(section):
+            row = next(line for line in part.splitlines() if line.startswith(f"| `{option.flag}`"))
+            above = re.search(r"Taken by (.*)\.", part)
+            named = re.findall(r"\w+", above[1] if above else row.split("|")[-2])
+            takers = {name for name, scope in COMMANDS.items() if option in scope.options()}
+            assert set(named) - {"tandem"} == takers or (named == ["all"] and len(takers) == len(COMMANDS))
 
 
 def test_leases_are_the_routers_to_set() -> None:
