@@ -149,9 +149,7 @@ def build_parser(scope: Scope, prog: str, description: str) -> Parser:
         if entry.takes_value:
             parser.add_argument(*flags, dest=dest, default=hidden, help=hidden)
         else:
-            parser.add_argument(*flags, dest=dest, default=hidden, help=hidden, action="store_const", const="true")
-            off = "--no-" + entry.flag[2:]
-            parser.add_argument(off, dest=dest, default=hidden, help=hidden, action="store_const", const="false")
+            parser.add_boolean(parser, entry.flag, dest, hidden)
     return parser
 
 

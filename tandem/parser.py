@@ -11,7 +11,7 @@ from collections.abc import Iterable, Sequence
 from typing import NoReturn
 
 from proto.errors import SettingsError
-from tandem.folklore import RENAMED
+from tandem.folklore import RENAMED, TAKING_VALUES
 
 
 class Parser(argparse.ArgumentParser):
@@ -23,9 +23,9 @@ class Parser(argparse.ArgumentParser):
         self._lists: set[str] = set()
         self._strangers: dict[str, str] = {}
 
-    def add_boolean(self, group: argparse._ArgumentGroup, flag: str, dest: str, text: str) -> None:
-        """``--x`` and ``--no-x``; ``--x=false`` and ``--x true`` are understood too."""
-        self._booleans.add(flag)
+    def add_boolean(self, group: argparse._ActionsContainer, flag: str, dest: str, text: str) -> None:
+        """``--x`` and ``--no-x``; ``--x=false`` and ``--x true`` are understood too, and so for ``--no-x``."""
+        self._booleans |= {flag, "--no-" + flag[2:]}
         group.add_argument(flag, dest=dest, default=argparse.SUPPRESS, action="store_const", const="true", help=text)
         group.add_argument(
             "--no-" + flag[2:],
@@ -103,15 +103,18 @@ def nearest(name: str, known: Iterable[str], cutoff: float = 0.6) -> str:
 
 
 def _in_our_words(arg: str) -> str:
-    """A flag with hyphens, by our name."""
+    """A flag with hyphens, by our name. One item of another server's JSON (``--x.item``) stands for all of it."""
     if not arg.startswith("--"):
         return arg
     name, equals, value = arg.partition("=")
     name = name.replace("_", "-")
-    return RENAMED.get(name, name) + equals + value
+    whole = name.partition(".")[0]
+    return (whole if whole in TAKING_VALUES else RENAMED.get(name, name)) + equals + value
 
 
 def _as_switch(flag: str, value: str) -> str:
     if value.lower() not in ("true", "false"):
         raise SettingsError(f"{flag}: expects true or false, got {value!r}.")
-    return flag if value.lower() == "true" else "--no-" + flag[2:]
+    if value.lower() == "true":
+        return flag
+    return "--" + flag.removeprefix("--no-") if flag.startswith("--no-") else "--no-" + flag[2:]
