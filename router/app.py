@@ -139,7 +139,6 @@ def _explained(error: HTTPException, request: Request) -> HTTPException:
         near = next(
             (other for other in (f"/v1{path}", path.removeprefix("/v1"), path.rstrip("/")) if other in known), ""
         )
-        message = f"This server has no {shown}." + (
-            f" Did you mean {near}?" if near else " GET /docs lists what it has."
-        )
+        hint = f" Did you mean {near}?" if near else " GET /docs lists what it has." if "/docs" in known else ""
+        message = f"This server has no {shown}.{hint}"
     return HTTPException(error.status_code, message, error.headers)

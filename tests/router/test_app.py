@@ -126,6 +126,8 @@ async def test_the_docs_can_be_turned_off() -> None:
             for path in ("/docs", "/redoc", "/openapi.json"):
                 async with site.http.get(path) as reply:
                     assert reply.status == status
+            async with site.http.get("/nowhere") as reply:
+                assert ("/docs" in await reply.text()) == (status == 200)
 
 
 @pytest.mark.parametrize(("path", "body"), ENDPOINTS)
