@@ -18,7 +18,7 @@ from router.values import JsonObject
 from tandem.client import Client
 from tandem.parser import Parser
 
-_DEFAULT_URL = "http://127.0.0.1:8000/v1"
+DEFAULT_URL = "http://127.0.0.1:8000/v1"
 _KEY_NAMES = ("TANDEM_API_KEY", "OPENAI_API_KEY")
 
 
@@ -95,7 +95,7 @@ def _parser(name: str) -> Parser:
     parser = Parser(f"tandem {name}", f"{about} Without a prompt it asks for one after the other; Ctrl-D ends it.")
     parser.add_argument("prompt", nargs="?", metavar="PROMPT", help="answer this, then end")
     parser.add_argument("-q", "--quick", metavar="PROMPT", help="the same")
-    parser.add_argument("--url", default=_DEFAULT_URL, help=f"the server (default: {_DEFAULT_URL})")
+    parser.add_argument("--url", default=DEFAULT_URL, help=f"the server (default: {DEFAULT_URL})")
     parser.add_argument("--model", help="a served name (default: the server's first)")
     parser.add_argument("--api-key", metavar="KEY", help=f"better given by environment: {' or '.join(_KEY_NAMES)}")
     if name == "chat":

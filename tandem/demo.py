@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import asyncio
 import os
+import shlex
+import shutil
 import sys
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 from proto.lifecycle import Stage
 from router.auth import read_keys
@@ -17,6 +20,7 @@ from router.values import JsonObject
 from service import logs
 from service.process import run_service
 from tandem.builtin_model import NOTICE, with_some_model
+from tandem.chat import DEFAULT_URL
 from tandem.cli import read_settings
 from tandem.client import Chunk, Client
 from tandem.local import LocalStack, Ready, StackSettings, print_line
@@ -112,7 +116,21 @@ class Demo:
                 last = chunk if chunk.timings is not None else last
         print(f"\n\n{account(last)}\n", flush=True)
         if not self._once:
-            print(f"Serving on at {ready.url}; Ctrl-C stops it. Try: tandem chat", flush=True)
+            command = chat_command(ready.url, has_keys=bool(self._keys))
+            print(f"Serving on at {ready.url}; Ctrl-C stops it. Try: {command}", flush=True)
+
+
+def chat_command(url: str, *, has_keys: bool) -> str:
+    """What to type, in this folder, to talk to the server at ``url``."""
+    here, script = Path.cwd(), Path(sys.executable).with_name("tandem")
+    if shutil.which("tandem") == str(script):
+        words = ["tandem"]
+    elif script.exists():
+        words = [str(script.relative_to(here) if here in script.parent.parents else script)]
+    else:
+        words = [sys.executable, "-m", "tandem"]
+    words += ["chat"] if url == DEFAULT_URL else ["chat", "--url", url]
+    return ("TANDEM_API_KEY=... " if has_keys else "") + shlex.join(words)
 
 
 def account(chunk: Chunk) -> str:
