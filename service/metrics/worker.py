@@ -79,7 +79,7 @@ class WorkerMetrics(MetricsPage):
         self._held = gauge("tandem_held_requests", "Prompts computed and not yet handed over.", own)
         self._leases = counter("tandem_leases_expired", "Leases that ended without news.", own)
         self._transfer_bytes = Counter(
-            "tandem_kv_transfer_bytes", "KV bytes sent or received.", ("transport", "role"), registry=registry
+            "tandem_kv_transfer_bytes", "KV bytes handed over.", ("transport", "role"), registry=registry
         )
         self._transfer_seconds = Histogram(
             "tandem_kv_transfer_seconds",
