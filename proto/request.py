@@ -58,7 +58,7 @@ class SamplingParams:
     logit_bias: Mapping[int, float] | Sequence[tuple[int, float]] | None = None
     """Added to the logits; ``checked()`` turns it into a sorted tuple of (token id, bias in [-100, 100])."""
     seed: int | None = None
-    """The router draws one where the client gave none, so an accepted request always has one."""
+    """None or -1: a random one. The router draws it, so an accepted request always has one."""
     stop: str | Sequence[str] | None = None
     """Strings that end a choice. Matched on text, so by whoever detokenises (router or ``LLM``), not by the engine."""
     stop_token_ids: Sequence[int] | None = None
@@ -128,7 +128,7 @@ class SamplingParams:
             self,
             top_k=max(self.top_k, 0),
             logit_bias=self.bias_items or None,
-            seed=None if self.seed is None else self.seed & _MASK64,
+            seed=None if self.seed is None or self.seed == -1 else self.seed & _MASK64,
             stop=self.stop_strings or None,
             stop_token_ids=tuple(self.stop_token_ids or ()) or None,
             allowed_token_ids=None if self.allowed_token_ids is None else tuple(sorted(set(self.allowed_token_ids))),

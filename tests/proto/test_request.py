@@ -85,15 +85,20 @@ def test_the_limit_on_logprobs_is_the_caller_s() -> None:
 
 def test_one_normal_form() -> None:
     normal = params(
-        top_k=-1, seed=-1, stop="end", logit_bias={7: 1.0, 3: 2.0}, stop_token_ids=[], allowed_token_ids=[3, 1, 3]
+        top_k=-1, seed=-2, stop="end", logit_bias={7: 1.0, 3: 2.0}, stop_token_ids=[], allowed_token_ids=[3, 1, 3]
     ).checked()
     assert normal.top_k == 0
-    assert normal.seed == (1 << 64) - 1
+    assert normal.seed == (1 << 64) - 2
     assert normal.stop == ("end",)
     assert normal.logit_bias == ((3, 2.0), (7, 1.0))
     assert normal.stop_token_ids is None
     assert normal.allowed_token_ids == (1, 3)
     assert normal.checked() == normal
+
+
+def test_a_seed_of_minus_one_is_none() -> None:
+    assert params(seed=-1).checked().seed is None
+    assert params(seed=(1 << 64) - 1).checked().seed == (1 << 64) - 1
 
 
 def test_greedy_is_a_temperature_of_nothing() -> None:

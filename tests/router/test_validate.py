@@ -238,13 +238,13 @@ def test_messages_take_the_form_that_templates_expect() -> None:
 
 def test_values_reach_the_sampling_parameters() -> None:
     body = completion(
-        temperature=0.5, top_p=0.9, top_k=-1, min_p=0.1, n=2.0, seed=-1, stop="x", stop_token_ids=[3], min_tokens=1,
+        temperature=0.5, top_p=0.9, top_k=-1, min_p=0.1, n=2.0, seed=-2, stop="x", stop_token_ids=[3], min_tokens=1,
         logit_bias={"5": -100, "4": 1.5}, presence_penalty=1, frequency_penalty=-1, repetition_penalty=1.1,
         ignore_eos=True, logprobs=0, include_stop_str_in_output=True, skip_special_tokens=False, max_tokens=9,
     )  # fmt: skip
     params = body.params
     assert (params.temperature, params.top_p, params.top_k, params.min_p, params.n) == (0.5, 0.9, 0, 0.1, 2)
-    assert (params.seed, params.stop_strings, params.stop_token_ids) == (2**64 - 1, ("x",), (3,))
+    assert (params.seed, params.stop_strings, params.stop_token_ids) == (2**64 - 2, ("x",), (3,))
     assert params.bias_items == ((4, 1.5), (5, -100))
     assert (params.presence_penalty, params.frequency_penalty, params.repetition_penalty) == (1, -1, 1.1)
     assert (params.logprobs, params.min_tokens, params.ignore_eos) == (0, 1, True)
