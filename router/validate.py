@@ -171,7 +171,7 @@ class Fields:
 
 def wrong_type(name: str, wanted: str, value: Json) -> InvalidRequest:
     """The error for a value of another type than ``wanted`` (with its article)."""
-    return InvalidRequest(f"{name} must be {wanted}, got {_kind(value)} ({_shorten(json.dumps(value))}).", param=name)
+    return InvalidRequest(f"{name} must be {wanted}, got {_kind(value)} ({_shown(value)}).", param=name)
 
 
 def check_unicode(text: str, name: str) -> str:
@@ -317,6 +317,13 @@ def _kind(value: Json) -> str:
         dict: "an object",
     }
     return names[type(value)]
+
+
+def _shown(value: Json) -> str:
+    try:
+        return _shorten(json.dumps(value))
+    except RecursionError:  # it was read with fewer calls above
+        return "nested too deeply to show"
 
 
 def _shorten(text: str) -> str:

@@ -48,6 +48,15 @@ def test_padding_that_is_not_done_is_named() -> None:
     assert chat(stream=True, stream_options={"include_obfuscation": False}).options.ignored == ()
 
 
+def test_a_value_nested_too_deeply_to_be_shown_is_refused_like_any_other() -> None:
+    value: Any = []
+    for _ in range(100_000):
+        value = [value]
+    for body in ({"temperature": value}, {"stop": [value]}, {"prompt": {"x": value}}):
+        assert refusal(completion, **body).param == next(iter(body))
+    assert refusal(chat, messages=[{"role": "user", "content": {"x": value}}]).param == "messages[0].content"
+
+
 # Fields nobody knows, and fields we cannot honour.
 
 
