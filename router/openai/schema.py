@@ -25,7 +25,8 @@ _TEXT_PARTS = frozenset({"text", "input_text", "output_text", "refusal"})
 class Options:
     """What both endpoints take besides sampling.
 
-    ``model`` is the name the client used: the answer bears it. ``max_tokens`` is None where the client named none;
+    ``model`` is the name the client used: the answer bears it. ``include_usage``: in a chunk of its own at the stream's
+    end; ``continuous_usage``: in every other chunk. ``max_tokens`` is None where the client named none;
     then ``default_max_tokens`` counts, or with None all the room.
     ``truncate_prompt``: keep that many prompt tokens at most; -1: as many as leave room for the output.
     """
@@ -169,12 +170,11 @@ def _read_options(
     add_special_tokens: bool,
 ) -> Options:
     stream = fields.flag("stream")
-    about_stream = fields.object("stream_options")
-    if about_stream is not None and not stream:
+    about_stream = fields.object("stream_options") or Fields({})
+    if fields.raw("stream_options") and not stream:
         raise InvalidRequest("stream_options needs stream to be true.", param="stream_options")
-    about_stream = about_stream or Fields({})
     continuous = about_stream.flag("continuous_usage_stats")
-    include_usage = about_stream.flag("include_usage") or continuous
+    include_usage = about_stream.flag("include_usage")
     include_timings = about_stream.flag("include_timings")
     if about_stream.flag("include_obfuscation"):
         fields.ignored.append("stream_options.include_obfuscation")

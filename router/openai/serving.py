@@ -114,7 +114,7 @@ async def read_fields(request: Request) -> Fields:
 def find_model(api: Api, fields: Fields) -> ServedModel:
     """The model that the body names, or the one there is. Raises ModelNotFound, NoWorker."""
     model, name = api.models.current(), fields.text("model")
-    if name is not None and name not in model.names:
+    if name and name not in model.names:
         known = ", ".join(model.names)
         shown = name[:200]
         raise ModelNotFound(f"The model `{shown}` does not exist. This server serves: {known}.", param="model")

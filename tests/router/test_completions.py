@@ -99,6 +99,18 @@ async def test_continuous_usage_counts_up() -> None:
     assert counts[0] < counts[-1] == len(MODEL.encode("Hello world how"))
 
 
+async def test_continuous_usage_alone_adds_no_chunk_without_a_choice() -> None:
+    async with serving(flow("Hello world how"), MODEL) as site:
+        chunks = await site.chunks(PATH, {"prompt": "x", "stream_options": {"continuous_usage_stats": True}})
+    assert all(chunk["choices"] and chunk["usage"] for chunk in chunks)
+
+
+async def test_an_empty_model_is_the_one_there_is() -> None:
+    async with serving(flow("hi"), MODEL) as site:
+        status, body, _ = await site.post(PATH, {"model": "", "prompt": "x"})
+    assert (status, body.get("model")) == (200, "tiny")
+
+
 @pytest.mark.parametrize("stream", [False, True])
 async def test_index_is_prompt_times_n_plus_choice(stream: bool) -> None:
     def script(new: NewRequest) -> list:

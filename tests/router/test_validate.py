@@ -273,6 +273,11 @@ def test_the_models_defaults_fill_what_is_missing() -> None:
         assert (params.temperature, params.top_k) == expected
 
 
+def test_stream_options_that_ask_for_nothing_need_no_stream() -> None:
+    assert not completion(stream_options={}).options.stream
+    assert not chat(stream_options={}).options.include_usage
+
+
 def test_max_completion_tokens_wins() -> None:
     assert chat(max_completion_tokens=5, max_tokens=9).options.max_tokens == 5
     assert chat(max_tokens=9).options.max_tokens == 9
