@@ -1,4 +1,4 @@
-"""Token ids to text as they come, and stop strings found in that text. Knows a decode function; no tokenizer, no HTTP.
+"""Token ids to text as they come, and stop strings found in that text. Knows how to decode; no tokenizer, no HTTP.
 
 A token's text depends on what stands before it (a leading space, a character whose bytes span tokens), so each new
 token is decoded together with a short window of earlier ones, and the window's own text is cut off:
@@ -9,6 +9,7 @@ token is decoded together with a short window of earlier ones, and the window's 
 
 from __future__ import annotations
 
+import codecs
 from collections.abc import Callable, Sequence
 
 REPLACEMENT = "\ufffd"
@@ -24,24 +25,42 @@ class IncrementalDetokenizer:
     """The text of one growing token sequence. The parts that ``push`` and ``flush`` return, joined, are what decoding
     the whole sequence at once gives; no part ends inside a character.
 
-    ``context`` is what stands before the sequence (the prompt); its text is not given out. ``hidden`` ids have no text.
+    ``context`` is what stands before the sequence (the prompt); its text is not given out, except for a character that
+    it has only begun: the output's first bytes complete that, so it is the output's. ``bytes_of`` gives a token's UTF-8
+    bytes, which tell such a beginning from a real U+FFFD. ``hidden`` ids have no text.
     """
 
     def __init__(
-        self, decode: Callable[[Sequence[int]], str], context: Sequence[int] = (), hidden: frozenset[int] = frozenset()
+        self,
+        decode: Callable[[Sequence[int]], str],
+        bytes_of: Callable[[int], bytes],
+        context: Sequence[int] = (),
+        hidden: frozenset[int] = frozenset(),
     ) -> None:
         self._decode = decode
         self._hidden = hidden
-        self._ids = self._window(context)
-        self._num_read = len(self._ids)
-        # A prompt that ends inside a character: the output's first bytes complete it, so it is the output's.
-        self._shown = len(decode(self._ids).rstrip(REPLACEMENT)) if self._ids else 0
+        visible = self._end_of(context)
+        begun = _begun(b"".join(map(bytes_of, visible[1 - _CHARACTER_BYTES :])))
+        tail: list[int] = []
+        num_bytes = 0
+        while num_bytes < begun:
+            tail.insert(0, visible.pop())
+            num_bytes += len(bytes_of(tail[0]))
+        window = self._window(visible)
+        self._ids = window + tail
+        self._num_read = len(window)
+        self._has_new = False
+        self._shown = len(decode(window)) if window else 0
+        if num_bytes > begun:
+            # It shares its token with text, as bytes of a byte-level tokenizer may: there it shows as one character.
+            self._shown = len(decode(self._ids)) - 1
 
     def push(self, token: int) -> str:
         """Appends ``token``. The text that became certain, often none or a word."""
         if token in self._hidden:
             return ""
         self._ids.append(token)
+        self._has_new = True
         text = self._decode(self._ids)
         unfinished = text.endswith(REPLACEMENT) and len(self._ids) - self._num_read < _PENDING_LIMIT
         if unfinished or len(text) <= self._shown:
@@ -52,7 +71,7 @@ class IncrementalDetokenizer:
 
     def flush(self) -> str:
         """At the sequence's end: what was held back, with replacement characters for bytes that stayed incomplete."""
-        if self._num_read == len(self._ids):
+        if not self._has_new:
             return ""
         text = self._decode(self._ids)
         new = text[self._shown :]
@@ -68,20 +87,34 @@ class IncrementalDetokenizer:
         else:
             self._shown = len(text)
         self._num_read = len(self._ids)
+        self._has_new = False
 
-    def _window(self, context: Sequence[int]) -> list[int]:
-        """The end of ``context``, starting between two characters."""
+    def _end_of(self, context: Sequence[int]) -> list[int]:
+        """The last tokens of ``context`` that have text: a window's, those before it that its first character may need,
+        and those of a character that is not whole."""
         visible: list[int] = []
         for token in reversed(context):
             if token not in self._hidden:
                 visible.append(token)
-            if len(visible) == _CONTEXT_TOKENS + _CHARACTER_BYTES:
+            if len(visible) == _CONTEXT_TOKENS + 2 * _CHARACTER_BYTES:
                 break
         visible.reverse()
+        return visible
+
+    def _window(self, visible: list[int]) -> list[int]:
+        """The end of ``visible``, starting between two characters."""
         for start in range(max(len(visible) - _CONTEXT_TOKENS, 0), -1, -1):
             if not self._decode(visible[start:]).startswith(REPLACEMENT):
                 return visible[start:]
         return visible
+
+
+def _begun(data: bytes) -> int:
+    """How many bytes at the end of ``data`` are the beginning of a character that is not whole."""
+    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+    decoder.decode(data)
+    held_back, _ = decoder.getstate()
+    return len(held_back)
 
 
 class StopMatcher:

@@ -105,7 +105,8 @@ class ServedModel:
     def detokenizer(self, prompt: Sequence[int] = (), *, skip_special_tokens: bool = True) -> IncrementalDetokenizer:
         """For the tokens generated after ``prompt``."""
         hidden = self._special_ids if skip_special_tokens else frozenset()
-        return IncrementalDetokenizer(functools.partial(self.decode, skip_special_tokens=False), prompt, hidden)
+        decode = functools.partial(self.decode, skip_special_tokens=False)
+        return IncrementalDetokenizer(decode, self.token_bytes, prompt, hidden)
 
     def _token_text(self, token: int) -> str:
         """A token's text as it reads inside a sentence, special or not; U+FFFD for a part of a character."""

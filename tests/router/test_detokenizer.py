@@ -10,10 +10,14 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
 from router.detokenizer import REPLACEMENT, IncrementalDetokenizer, StopMatcher
-from tests.support.http import byte_fallback_json, byte_level_json
+from tests.support.http import byte_fallback_json, byte_level_json, served_model
 
 BYTE_LEVEL = Tokenizer.from_buffer(byte_level_json())
 BYTE_FALLBACK = Tokenizer.from_buffer(byte_fallback_json())
+BYTES_OF = {
+    BYTE_LEVEL: served_model().token_bytes,
+    BYTE_FALLBACK: served_model({"tokenizer.json": byte_fallback_json()}).token_bytes,
+}
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=40)
 
 
@@ -22,7 +26,12 @@ def decode(tokenizer: Tokenizer, ids: list[int]) -> str:
 
 
 def detokenizer(tokenizer: Tokenizer, context: list[int] | None = None) -> IncrementalDetokenizer:
-    return IncrementalDetokenizer(functools.partial(decode, tokenizer), context or [])
+    return IncrementalDetokenizer(functools.partial(decode, tokenizer), BYTES_OF[tokenizer], context or [])
+
+
+def byte_tokens(text: str) -> list[int]:
+    """``text`` as the byte-fallback tokenizer writes characters it does not know."""
+    return [BYTE_FALLBACK.token_to_id(f"<0x{byte:02X}>") for byte in text.encode()]
 
 
 @pytest.mark.parametrize("tokenizer", [BYTE_LEVEL, BYTE_FALLBACK], ids=["byte-level", "byte-fallback"])
@@ -62,6 +71,38 @@ def test_output_completes_a_character_that_the_prompt_began() -> None:
     assert stream.push(ids[1]) == "é"
 
 
+@pytest.mark.parametrize("char", ["é", "語", "😀"])
+@pytest.mark.parametrize("before", ["", "Hello", "Hello日本", "日本" * 20])
+def test_what_the_prompt_said_before_a_character_it_began_is_not_said_again(before: str, char: str) -> None:
+    hello = BYTE_FALLBACK.encode("Hello", add_special_tokens=False).ids if before.startswith("Hello") else []
+    prompt = [*hello, *byte_tokens(before.removeprefix("Hello"))]
+    ids = byte_tokens(char)
+    for cut in range(1, len(ids)):
+        stream = detokenizer(BYTE_FALLBACK, prompt + ids[:cut])
+        assert "".join(stream.push(token) for token in ids[cut:] + byte_tokens("日本")) == f"{char}日本"
+        assert detokenizer(BYTE_FALLBACK, prompt + ids[:cut]).flush() == ""
+
+
+@given(before=TEXT, char=st.characters(min_codepoint=0x80, exclude_categories=["Cs"]), after=TEXT, data=st.data())
+@settings(deadline=None)
+def test_a_byte_level_prompt_may_end_anywhere(before: str, char: str, after: str, data: st.DataObject) -> None:
+    """Inside a character, behind one or several tokens, or behind a real replacement character."""
+    ids = BYTE_LEVEL.encode(before + char + after, add_special_tokens=False).ids
+    cut = data.draw(st.integers(0, len(ids)))
+    stream = detokenizer(BYTE_LEVEL, ids[:cut])
+    shown = b"".join(map(BYTES_OF[BYTE_LEVEL], ids[:cut])).decode(errors="ignore")
+    new = "".join(stream.push(token) for token in ids[cut:]) + stream.flush()
+    assert new == ("" if cut == len(ids) else (before + char + after)[len(shown) :])
+
+
+def test_a_real_replacement_character_at_the_prompts_end_is_the_prompts() -> None:
+    assert detokenizer(BYTE_FALLBACK, byte_tokens(f"日{REPLACEMENT}")).push(byte_tokens("a")[0]) == "a"
+    prompt = BYTE_LEVEL.encode(f"x {REPLACEMENT}", add_special_tokens=False).ids
+    stream = detokenizer(BYTE_LEVEL, prompt)
+    ids = BYTE_LEVEL.encode(" hello", add_special_tokens=False).ids
+    assert "".join(stream.push(token) for token in ids) == " hello"
+
+
 def test_an_incomplete_character_is_flushed_as_a_replacement() -> None:
     stream = detokenizer(BYTE_FALLBACK)
     assert stream.push(BYTE_FALLBACK.token_to_id("<0xF0>")) == ""
@@ -76,7 +117,7 @@ def test_endless_invalid_bytes_do_not_pile_up() -> None:
         calls.append(len(ids))
         return decode(BYTE_FALLBACK, ids)
 
-    stream = IncrementalDetokenizer(counting)
+    stream = IncrementalDetokenizer(counting, BYTES_OF[BYTE_FALLBACK])
     parts = [stream.push(BYTE_FALLBACK.token_to_id("<0x80>")) for _ in range(500)] + [stream.flush()]
     assert "".join(parts) == REPLACEMENT * 500
     assert max(calls) < 100
@@ -84,7 +125,7 @@ def test_endless_invalid_bytes_do_not_pile_up() -> None:
 
 def test_hidden_tokens_leave_no_trace() -> None:
     hidden = frozenset({BYTE_LEVEL.token_to_id("<|end|>")})
-    stream = IncrementalDetokenizer(functools.partial(decode, BYTE_LEVEL), (), hidden)
+    stream = IncrementalDetokenizer(functools.partial(decode, BYTE_LEVEL), BYTES_OF[BYTE_LEVEL], (), hidden)
     ids = BYTE_LEVEL.encode("Hi 😀", add_special_tokens=False).ids
     woven = [token for pair in zip(ids, [*hidden] * len(ids), strict=True) for token in pair]
     assert "".join(stream.push(token) for token in woven) == "Hi 😀"
