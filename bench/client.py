@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import time
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 
 import aiohttp
+from multidict import CIMultiDict
 
 from bench.outcome import Outcome, Transcript, error_message
 from bench.settings import Backend, Sampling, Target
@@ -19,6 +21,7 @@ _JSON = {"Content-Type": "application/json"}
 _PROBE_TIMEOUT = aiohttp.ClientTimeout(total=60)
 # Shorter than servers keep idle connections, so that a request is never sent into one that is just being closed.
 _KEEPALIVE_S = 2.0
+_READY_PAUSE_S = 0.5
 
 
 class Server:
@@ -30,16 +33,30 @@ class Server:
 
     async def find_model(self) -> str:
         """The model that was asked for, else the first that the server lists. Raises NoWorker, UserError."""
-        if self.target.model is not None:
-            return self.target.model
+        return self.target.model if self.target.model is not None else await self._first_model()
+
+    async def ready(self, timeout_s: float) -> None:
+        """Returns once the server lists a model. Raises NoWorker after ``timeout_s``, UserError where it refuses."""
+        last_chance = time.monotonic() + timeout_s - _READY_PAUSE_S
+        while True:
+            try:
+                await self._first_model()
+                return
+            except NoWorker:
+                if time.monotonic() > last_chance:
+                    raise
+            await asyncio.sleep(_READY_PAUSE_S)
+
+    async def _first_model(self) -> str:
         url = f"{self.target.base_url}/v1/models"
         try:
             async with self._session.get(url, timeout=_PROBE_TIMEOUT) as reply:
                 body = _parsed(await reply.text())
-                if reply.status >= 400:
-                    raise UserError(f"{url}: {reply.status}: {error_message(body, str(reply.reason))}")
         except (aiohttp.ClientError, TimeoutError) as error:
             raise NoWorker(f"Cannot reach {url}: {_reason(error)}") from error
+        if reply.status >= 400:
+            kind = UserError if reply.status < 500 else NoWorker
+            raise kind(f"{url}: {reply.status}: {error_message(body, str(reply.reason))}")
         listed = body.get("data")
         first = listed[0] if isinstance(listed, list) and listed else None
         if not isinstance(first, dict) or not isinstance(name := first.get("id"), str):
@@ -81,9 +98,10 @@ class Server:
 @asynccontextmanager
 async def connect(target: Target) -> AsyncIterator[Server]:
     """A server with a connection pool of its own, without limit: waiting for a connection would be measured as TTFT."""
-    headers = {"Authorization": f"Bearer {target.api_key}"} if target.api_key else {}
+    headers = CIMultiDict({"Authorization": f"Bearer {target.api_key}"} if target.api_key else {})
     connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=_KEEPALIVE_S)
     timeout = aiohttp.ClientTimeout(total=target.timeout_s, sock_connect=60)
+    headers.update(target.headers)
     async with aiohttp.ClientSession(headers=headers, connector=connector, timeout=timeout) as session:
         yield Server(target, session)
 

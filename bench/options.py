@@ -32,6 +32,8 @@ from router.values import Json, JsonObject
 
 KEY_NAMES = ("TANDEM_API_KEY", "OPENAI_API_KEY")
 _ENDPOINTS = {Backend.COMPLETIONS: "/v1/completions", Backend.CHAT: "/v1/chat/completions"}
+_VLLM = "vllm"
+"""vLLM's name for completions."""
 _VERSUS_ROUNDS = 4
 _GOODPUT_METRICS = ("ttft", "tpot", "e2el")
 
@@ -53,13 +55,14 @@ class Parser(argparse.ArgumentParser):
 def read_serve(argv: Sequence[str], environ: Mapping[str, str]) -> ServeSettings:
     """Raises SettingsError for flags that are unknown, malformed or contradictory."""
     given = _serve_parser().parse_args([_with_hyphens(arg) for arg in argv])
-    backend = Backend(given.backend)
+    backend = Backend.COMPLETIONS if given.backend == _VLLM else Backend(given.backend)
+    model = given.served_model_name or given.model
     endpoint = given.endpoint or _ENDPOINTS[backend]
     key = next((environ[name] for name in KEY_NAMES if environ.get(name)), None)
 
     def target(url: str) -> Target:
         base = _base_url(url)
-        return Target(base, endpoint, backend, given.model, key, given.request_timeout_sec)
+        return Target(base, endpoint, backend, model, key, given.request_timeout_sec, tuple(given.header))
 
     return ServeSettings(
         target=target(given.base_url or f"http://{given.host}:{given.port}"),
@@ -78,6 +81,7 @@ def read_serve(argv: Sequence[str], environ: Mapping[str, str]) -> ServeSettings
         saving=_saving(given),
         versus=None if given.versus is None else target(given.versus),
         num_rounds=given.rounds or (_VERSUS_ROUNDS if given.versus else 1),
+        ready_timeout_s=given.ready_check_timeout_sec,
     )
 
 
@@ -120,9 +124,13 @@ def _add_server(group: argparse._ArgumentGroup) -> None:
     add("--base-url", metavar="URL", help="wins over --host and --port")
     add("--host", default="127.0.0.1", help="(default: 127.0.0.1)")
     add("--port", type=_whole(1), default=8000, metavar="N", help="(default: 8000)")
-    add("--backend", choices=[backend.value for backend in Backend], default="openai", help="completions or chat")
+    backends = [*(backend.value for backend in Backend), _VLLM]
+    add("--backend", choices=backends, default="openai", help="completions or chat; vllm is openai")
     add("--endpoint", metavar="PATH", help="(default: /v1/completions, for openai-chat /v1/chat/completions)")
     add("--model", help="a served name (default: the server's first)")
+    add("--served-model-name", metavar="NAME", help="wins over --model")
+    add("--header", type=_header, nargs="+", default=[], metavar="NAME=VALUE", help="sent with every request")
+    add("--ready-check-timeout-sec", type=_number(0.0), default=0.0, metavar="S", help="wait for it (default: 0)")
     add("--versus", metavar="URL", help="a second server; rounds at the two take turns, and ratios are printed")
     add("--rounds", type=_whole(1), metavar="N", help="each of --num-prompts (default: 1, with --versus 4)")
     add("--extra-body", type=_object, default={}, metavar="JSON", help="merged into every request")
@@ -266,6 +274,13 @@ def _limit(text: str) -> tuple[str, float]:
     if not colon or metric not in _GOODPUT_METRICS or not (value := _float(limit)) >= 0:
         raise argparse.ArgumentTypeError(f"expects {'|'.join(_GOODPUT_METRICS)}:MILLISECONDS, not {text!r}")
     return metric, value
+
+
+def _header(text: str) -> tuple[str, str]:
+    name, equals, value = text.partition("=")
+    if not equals or not name.strip():
+        raise argparse.ArgumentTypeError("expects NAME=VALUE")
+    return name.strip(), value.strip()
 
 
 def _object(text: str) -> JsonObject:

@@ -68,6 +68,9 @@ async def serve(settings: ServeSettings, say: Callable[[str], object], note: Cal
     async with AsyncExitStack() as stack:
         targets = [settings.target, *([] if settings.versus is None else [settings.versus])]
         servers = [await stack.enter_async_context(connect(target)) for target in targets]
+        if settings.ready_timeout_s:
+            for server in servers:
+                await server.ready(settings.ready_timeout_s)
         contenders = [Contender(server, await server.find_model()) for server in servers]
         prompts = await _prompts(settings, contenders[0])
         note(f"Prompts are made of {prompts.source}.")

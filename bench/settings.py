@@ -30,6 +30,8 @@ class Target:
     api_key: str | None = field(default=None, repr=False)
     timeout_s: float = 3600.0
     """After this long a request has failed."""
+    headers: tuple[tuple[str, str], ...] = field(default=(), repr=False)
+    """Sent with every request, over those of our own."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,6 +122,8 @@ class ServeSettings:
     saving: Saving | None = None
     versus: Target | None = None
     num_rounds: int = 1
+    ready_timeout_s: float = 0.0
+    """How long to wait for a server that is not up yet."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -30,6 +30,9 @@ class Scripted:
     url: str = ""
     bodies: list[dict[str, object]] = field(default_factory=list)
     keys: list[str | None] = field(default_factory=list)
+    tenants: list[str | None] = field(default_factory=list)
+    num_not_ready: int = 0
+    """So many first questions for its models are answered with 503."""
     tokens: list[int] | None = None
     models: Sequence[str] = ("scripted",)
 
@@ -37,6 +40,7 @@ class Scripted:
         body = await request.json()
         self.bodies.append(body)
         self.keys.append(request.headers.get("Authorization"))
+        self.tenants.append(request.headers.get("X-Tenant"))
         reply = self.script(body)
         if reply.status != 200:
             return web.Response(status=reply.status, text=reply.body)
@@ -52,6 +56,9 @@ class Scripted:
         return stream
 
     async def list_models(self, request: web.Request) -> web.Response:
+        if self.num_not_ready:
+            self.num_not_ready -= 1
+            return web.Response(status=503, text="loading")
         return web.json_response({"data": [{"id": name} for name in self.models]})
 
     async def tokenize(self, request: web.Request) -> web.Response:

@@ -43,6 +43,17 @@ def test_chat_has_its_endpoint() -> None:
     assert read("--endpoint /x").target.endpoint == "/x"
 
 
+def test_vllms_name_for_completions() -> None:
+    target = read("--backend vllm --model Qwen/Qwen3-0.6B --served-model-name q").target
+    assert (target.backend, target.endpoint, target.model) == (Backend.COMPLETIONS, "/v1/completions", "q")
+
+
+def test_headers_are_not_shown() -> None:
+    settings = read("--header X-Key=hush X-Other=1")
+    assert settings.target.headers == (("X-Key", "hush"), ("X-Other", "1"))
+    assert "hush" not in repr(settings)
+
+
 def test_underscores_are_hyphens() -> None:
     assert read("--num_prompts=7 --request_rate 2.5").load.num_prompts == 7
 
@@ -94,6 +105,8 @@ def test_versus_means_rounds() -> None:
         ("--goodput itl:5", r"ttft\|tpot\|e2el:MILLISECONDS"),
         ("--goodput ttft", "MILLISECONDS"),
         ("--extra-body [1]", "JSON object"),
+        ("--header X-Key", "NAME=VALUE"),
+        ("--ready-check-timeout-sec -1", "number of at least 0"),
         ("--extra-body {", "not JSON"),
         ("--base-url h:1", "starts with http"),
         ("--dataset-name custom", "needs --dataset-path"),

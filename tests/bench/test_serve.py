@@ -186,6 +186,27 @@ async def test_a_server_that_is_not_there_is_said_at_once() -> None:
         await serve(read_serve(["--port", str(port), *SHORT], {}), print, print)
 
 
+async def test_a_server_that_is_not_up_yet_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("bench.client._READY_PAUSE_S", 0.01)
+    async with scripted(obliging) as server:
+        server.num_not_ready = 3
+        with pytest.raises(NoWorker, match="503: loading"):
+            await bench(
+                server, "--vocab-size", "9", "--num-prompts", "1", "--model", "m", "--ready-check-timeout-sec=0.001"
+            )
+        assert not server.bodies
+        flags = ("--vocab-size", "9", "--num-prompts", "1", "--ready-check-timeout-sec", "60")
+        assert (await bench(server, *flags))[0] == 0
+
+
+async def test_headers_go_with_every_request() -> None:
+    async with scripted(obliging) as server:
+        flags = ("--vocab-size", "9", "--num-prompts", "2", "--header", "X-Tenant=a=b", "authorization=Basic x")
+        await bench(server, *flags, key="ours")
+    assert set(server.tenants) == {"a=b"}
+    assert set(server.keys) == {"Basic x"}, "what is asked for by name wins"
+
+
 async def test_a_server_without_models_wants_a_name() -> None:
     async with scripted(obliging) as server:
         server.models = ()
