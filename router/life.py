@@ -151,7 +151,8 @@ class Life:
         side = self._admit(epoch, news.generation)
         if side is None:
             return
-        if side is Side.PREFILL or self.current.local:
+        # What a resume finds cached may be this request's own.
+        if (side is Side.PREFILL or self.current.local) and not self.current.request.is_resumed:
             self.journal.num_cached = max(self.journal.num_cached, news.num_cached)
         if side is Side.DECODE and news.stage is Stage.QUEUED and not self.current.local:
             self._verdict.cancel()

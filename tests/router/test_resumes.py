@@ -174,6 +174,17 @@ async def test_a_prefill_worker_that_will_not_leaves_it_to_the_decode_worker(
     assert house.heard.remedies == [Remedy.RESUME, Remedy.RESUME]
 
 
+async def test_what_a_resume_finds_cached_was_computed_for_it() -> None:
+    house = House("p1", "d1", "d2")
+    stream, second = await relayed(house)
+    before = stream.num_cached
+    house.reports("p1", stream.id, Stage.PREFILLING, num_cached=before + 9)
+    house.says("p1", token(stream.id, 3))
+    house.says(second, token(stream.id, 4, last=True))
+    await read_all(stream)
+    assert stream.num_cached == before
+
+
 async def test_a_prefill_worker_without_room_for_it_is_no_verdict_on_the_request() -> None:
     """The client has tokens already: another worker could serve it, and can."""
     house = House("p1", "d1", "d2")
