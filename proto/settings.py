@@ -84,7 +84,10 @@ class ModelSettings:
     )
     device: str = setting("auto", "where the model runs", choices=("auto", "cpu", "cuda"))
     threads: int | None = setting(
-        None, "CPU threads of one engine (default: the cores, shared among local workers)", low=1
+        None,
+        "CPU threads of one engine (default: `serve` shares the cores among its workers; elsewhere OMP_NUM_THREADS, "
+        "else as many as torch takes, at most the cores)",
+        low=1,
     )
     batch_invariant: bool = setting(
         False, "a token's result has the same bits in any batch, chunk and equal worker (slower; no float16 on a CPU)"

@@ -111,6 +111,21 @@ def test_threads(tmp_path: Path) -> None:
         torch.set_num_threads(before)
 
 
+def test_threads_that_nobody_names_are_torchs_own_but_for_the_cores(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = torch.get_num_threads()
+    monkeypatch.setattr("engine.loading.usable_cores", lambda: 1)
+    try:
+        torch.set_num_threads(2)
+        monkeypatch.setenv("OMP_NUM_THREADS", "2")
+        assert "2 threads" in build(make_checkpoint(tmp_path)).facts.numerics
+        monkeypatch.delenv("OMP_NUM_THREADS")
+        assert "1 threads" in build(tmp_path).facts.numerics
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_equal_checkpoints_share_blocks_and_others_do_not(tmp_path: Path) -> None:
     same = [build(make_checkpoint(tmp_path / name)) for name in "ab"]
     other = build(make_checkpoint(tmp_path / "c", seed=1))
