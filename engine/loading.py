@@ -126,7 +126,7 @@ def _source(found: FoundModel) -> WeightSource:
     """Random weights are plain: ``read_quantisation`` has seen to it."""
     quantisation = found.quantisation
     if found.settings.load_format == "dummy":
-        plain: WeightSource = DummySource(found.settings.seed, found.dtype, found.device)
+        plain: WeightSource = DummySource(found.settings.seed or 0, found.dtype, found.device)
     else:
         plain = stored = SafetensorsSource(found.folder, found.dtype, found.device)
         if quantisation is not None and not isinstance(quantisation, Rounding):

@@ -77,7 +77,11 @@ class ModelSettings:
         None, "longest prompt plus output, in tokens (32K works; -1 or auto: what fits)", kind="length", low=-1
     )
     served_model_name: tuple[str, ...] = setting((), "names clients may use; the first is shown", metavar="NAME")
-    seed: int = setting(0, "seed of dummy weights and of requests whose seed the router draws")
+    seed: int | None = setting(
+        None,
+        "what requests without a seed draw theirs from, in their order (default: chance, in `LLM` 0); and the seed of "
+        "dummy weights (default: 0), equal on every worker",
+    )
     generation_config: str = setting("auto", "auto: the model's sampling defaults; vllm: none; else a folder")
     override_generation_config: dict[str, Any] | None = setting(  # noqa: RUF009 - a field, as all of these are
         None, "JSON that overrides them", kind="json"

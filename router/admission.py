@@ -6,7 +6,8 @@ Knows counts. Whether a worker has room is the policy's question.
 from __future__ import annotations
 
 import dataclasses
-import secrets
+import functools
+import random
 from collections.abc import Callable
 
 from proto.errors import Overloaded, Unavailable
@@ -17,14 +18,16 @@ from router.contract import NewRequest
 RETRY_AFTER_S = 1.0
 
 
-def _draw_seed() -> int:
-    return secrets.randbits(64)
+def seeds_from(seed: int | None) -> Callable[[], int]:
+    """Draws seeds: the same ones in the same order for the same ``seed``, or by chance."""
+    source = random.SystemRandom() if seed is None else random.Random(seed)
+    return functools.partial(source.getrandbits, 64)
 
 
 class Admission:
     """Admits up to ``max_inflight`` requests at once. Every admitted request ``leave``s exactly once."""
 
-    def __init__(self, router_epoch: Epoch, max_inflight: int, draw_seed: Callable[[], int] = _draw_seed) -> None:
+    def __init__(self, router_epoch: Epoch, max_inflight: int, draw_seed: Callable[[], int]) -> None:
         self._ids = RequestIds(router_epoch)
         self._max_inflight = max_inflight
         self._draw_seed = draw_seed

@@ -22,7 +22,7 @@ from proto.errors import NoWorker, Overloaded
 from proto.ids import Epoch, new_epoch
 from proto.inventory import Cleared, Evicted, Stored
 from proto.settings import CacheSettings, LedgerSettings, LogSettings, ModelSettings, RouterSettings, RpcSettings
-from router.admission import Admission
+from router.admission import Admission, seeds_from
 from router.app import build_app
 from router.attempt import Rules
 from router.canary import Canary
@@ -87,7 +87,7 @@ class RouterService:
         self.flow = Flow(
             self.registry,
             self.index,
-            Admission(self.epoch, router.max_inflight),
+            Admission(self.epoch, router.max_inflight, seeds_from(model.seed)),
             rules_of(router),
             self._weights,
             RouterListener(self.metrics, self.stages, self._handoffs),

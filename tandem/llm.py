@@ -60,7 +60,7 @@ class LLM:
             log.warning("%s", warning)
         engine = with_some_model(resolved.engine())
         self._ignores_priority = engine.scheduler.scheduling_policy == "fcfs"
-        self._seeds = random.Random(engine.model.seed)
+        self._seeds = random.Random(engine.model.seed or 0)
         self._ids = itertools.count()
         self._parts: EngineParts | None = load_engine_parts(engine)
         # There is nobody to send away: the caller waits for all of them.

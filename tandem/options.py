@@ -56,6 +56,7 @@ _OF_ROUTER = frozenset(
         "model.tokenizer",
         "model.revision",
         "model.served_model_name",
+        "model.seed",
         "model.generation_config",
         "model.override_generation_config",
         "model.download_dir",

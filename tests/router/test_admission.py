@@ -7,7 +7,7 @@ import pytest
 from proto.errors import Overloaded, Unavailable
 from proto.ids import Epoch
 from proto.request import SamplingParams
-from router.admission import Admission
+from router.admission import Admission, seeds_from
 from router.contract import NewRequest
 
 
@@ -16,7 +16,7 @@ def new(**params: int) -> NewRequest:
 
 
 def test_an_accepted_request_has_an_id_of_the_router_and_a_seed() -> None:
-    admission = Admission(Epoch("abc"), 10)
+    admission = Admission(Epoch("abc"), 10, seeds_from(None))
     first, second = admission.admit(new()), admission.admit(new(seed=5))
     assert (first.id, second.id) == ("abc.1", "abc.2")
     assert second.seed == 5
@@ -25,12 +25,22 @@ def test_an_accepted_request_has_an_id_of_the_router_and_a_seed() -> None:
 
 
 def test_seeds_differ() -> None:
-    admission = Admission(Epoch("abc"), 100)
+    admission = Admission(Epoch("abc"), 100, seeds_from(None))
     assert len({admission.admit(new()).seed for _ in range(50)}) == 50
 
 
+def test_seeds_of_one_seed_are_the_same_in_their_order() -> None:
+    def drawn(seed: int | None) -> list[int]:
+        admission = Admission(Epoch("abc"), 100, seeds_from(seed))
+        return [admission.admit(new()).seed for _ in range(5)]
+
+    assert drawn(1) == drawn(1) != drawn(2)
+    assert len(set(drawn(1))) == 5
+    assert drawn(None) != drawn(None)
+
+
 def test_the_bound_counts_those_inside() -> None:
-    admission = Admission(Epoch("abc"), 2)
+    admission = Admission(Epoch("abc"), 2, seeds_from(None))
     first = admission.admit(new())
     admission.admit(new())
     with pytest.raises(Overloaded) as caught:
@@ -42,7 +52,7 @@ def test_the_bound_counts_those_inside() -> None:
 
 
 def test_leaving_twice_is_our_bug() -> None:
-    admission = Admission(Epoch("abc"), 2)
+    admission = Admission(Epoch("abc"), 2, seeds_from(None))
     request = admission.admit(new())
     admission.leave(request.id)
     with pytest.raises(KeyError):
@@ -50,7 +60,7 @@ def test_leaving_twice_is_our_bug() -> None:
 
 
 def test_a_closed_door() -> None:
-    admission = Admission(Epoch("abc"), 2)
+    admission = Admission(Epoch("abc"), 2, seeds_from(None))
     request = admission.admit(new())
     admission.close()
     with pytest.raises(Unavailable, match="shutting down"):

@@ -23,6 +23,7 @@ from proto.layout import WIRE_VERSION
 from proto.lifecycle import Stage
 from proto.request import FinishReason, TokenOut
 from proto.settings import CacheSettings, LedgerSettings, ModelSettings, RouterSettings
+from router.admission import seeds_from
 from router.server import RouterService
 from service.rpc import RouterStream, StreamClosed, serve, worker_handler
 from tandem.local_redis import LocalRedis
@@ -141,11 +142,11 @@ class Town:
 
 
 @asynccontextmanager
-async def town(redis: LocalRedis, **router: float) -> AsyncIterator[Town]:
+async def town(redis: LocalRedis, *, seed: int | None = None, **router: float) -> AsyncIterator[Town]:
     service = RouterService(
         RouterSettings(host="127.0.0.1", port=0, **{"disagg_threshold": 0, "drain_timeout": 5.0, **router}),  # type: ignore[arg-type]
         LedgerSettings(redis=redis.url, namespace="test"),
-        ModelSettings(),
+        ModelSettings(seed=seed),
         CacheSettings(prefix_hash_key="secret"),
     )
     await service.start()
@@ -411,3 +412,15 @@ async def test_workers_are_told_the_lease_that_was_set(local_redis: LocalRedis) 
         prefill = await place.add(ScriptedWorker("p1", Role.PREFILL))
         await eventually(lambda: place.is_ready("/health"))
         assert canary_of(prefill).lease_s == 7.0
+
+
+async def test_requests_without_a_seed_draw_theirs_from_the_routers(local_redis: LocalRedis) -> None:
+    async with town(local_redis, seed=1) as place:
+        await place.add(ScriptedWorker("d1", Role.DECODE))
+        prefill = await place.add(ScriptedWorker("p1", Role.PREFILL))
+        await eventually(lambda: place.is_ready("/health"))
+        for _ in range(2):
+            assert (await place.complete())[0] == 200
+        drawn = [got.request.seed for got in prefill.got if isinstance(got, Prefill)]
+    expected = seeds_from(1)
+    assert drawn[-2:] == [expected(), expected()], "canaries draw none"
