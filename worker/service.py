@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import re
 import socket
 import time
 from collections.abc import Callable, Sequence
@@ -45,6 +46,8 @@ LOAD_REPORT_EVERY_S = 0.1
 TOMBSTONE_S = 3600.0
 """How long an ended request is remembered, so that a late message revives nothing: longer than any request lives."""
 _UNKNOWN_LOAD = Load()
+_NAME = re.compile(r"[!-+\--~]{1,128}")
+"""Printable ASCII without spaces and commas: answers name their workers in a header, as a list."""
 
 
 class Tier(Protocol):
@@ -93,7 +96,7 @@ TierParts = tuple[Tier, Sequence[grpc.GenericRpcHandler]]
 
 class WorkerService:
     """One worker. ``build_tier`` is called once, before the engine is loaded. Raises SettingsError where there is no
-    Redis to meet at, or its URL is malformed."""
+    Redis to meet at, or its URL is malformed, and for a name that answers cannot show."""
 
     def __init__(
         self,
@@ -116,6 +119,7 @@ class WorkerService:
         self._tls = TlsFiles.of(rpc, is_server=True)
         self._address = ""
         self.epoch = new_epoch()
+        self._worker = named(worker, role, self.epoch)
         self._health = Health(stall_after_s=worker.stall_timeout)
         self._host = EngineHost(engine, self)
         self._health.watch(lambda: self._host.heartbeat)
@@ -162,7 +166,6 @@ class WorkerService:
         await self._tier.open()
         self._show_memory()
         record = self._record()
-        self._worker = record.worker
         self._publisher = publisher = WorkerPublisher(
             self._ledger,
             record,
@@ -229,9 +232,8 @@ class WorkerService:
 
     def _record(self) -> records.WorkerRecord:
         parts = self._host.parts
-        name = self._settings.worker_id or f"{self._role.value}-{socket.gethostname()}-{self.epoch[:6]}"
         return records.WorkerRecord(
-            worker=WorkerId(name),
+            worker=self._worker,
             role=self._role,
             epoch=self.epoch,
             address=self._address,
@@ -323,6 +325,17 @@ class WorkerService:
 
     async def _snapshot(self) -> Sequence[BlockHash]:
         return await self._host.call(lambda core: core.cached_hashes())
+
+
+def named(settings: WorkerSettings, role: Role, epoch: Epoch) -> WorkerId:
+    """The name by which others know this worker: as told, or one that no other has. Raises SettingsError."""
+    name = settings.worker_id or f"{role.value}-{socket.gethostname()}-{epoch[:6]}"
+    if not _NAME.fullmatch(name):
+        raise SettingsError(
+            f"{name!r} cannot be a worker's name: it stands in headers of HTTP. Give --worker-id up to 128 printable "
+            "ASCII characters, without spaces and commas."
+        )
+    return WorkerId(name)
 
 
 def advertised(settings: WorkerSettings, port: int) -> str:

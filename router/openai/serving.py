@@ -270,18 +270,17 @@ async def run_stream(
         generation = await Generation.start(api.flow, model, requests)
         frames = Frames(make_frames(generation), api.settings.sse_keep_alive_interval)
         try:
-            first = await frames.next()
+            return SseResponse(
+                await frames.next(),
+                frames,
+                headers=answer_headers(options, generation, complete=False),
+                on_error=lambda error: f"data: {reply_for(error, call.label).body}\n\n".encode(),
+                on_end=lambda: _end(api, generation),
+            )
         except BaseException:
             await frames.aclose()
             await _end(api, generation)
             raise
-        return SseResponse(
-            first,
-            frames,
-            headers=answer_headers(options, generation, complete=False),
-            on_error=lambda error: f"data: {reply_for(error, call.label).body}\n\n".encode(),
-            on_end=lambda: _end(api, generation),
-        )
 
     return await until_gone(call.request.receive, begin())
 

@@ -170,6 +170,17 @@ async def test_if_one_prompt_fails_so_do_the_others() -> None:
     assert [len(made.failures) for made in site.flow.streams] == [1, 1]
 
 
+@pytest.mark.parametrize("stream", [False, True])
+async def test_an_answer_whose_head_cannot_be_made_leaves_nothing_running(
+    stream: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("router.openai.serving.answer_headers", lambda *_, complete: {"x-tandem-decode": "工人"})
+    async with serving(flow(), MODEL) as site:
+        status, _, _ = await site.post(PATH, {"prompt": "x", "stream": stream})
+    assert status == 500
+    assert [made.num_closed for made in site.flow.streams] == [1]
+
+
 async def test_prompts_as_token_ids_go_through_untouched() -> None:
     async with serving(flow("hi"), MODEL) as site:
         await site.post(PATH, {"prompt": [5, 6, 7]})
