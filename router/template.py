@@ -72,14 +72,18 @@ class ChatTemplate:
     """One compiled template. Raises TemplateSyntaxError.
 
     ``wants_parts``: it reads a message's content as a list of parts only. ``knows_developer``: it has a use for the
-    role ``developer``.
+    role ``developer``. ``knows_null``: it asks whether a message's content is none. ``takes_text``: it wants the
+    arguments of a tool call as JSON text, not as values.
     """
 
     def __init__(self, source: str) -> None:
         env = _environment()
         self._template: Template = env.from_string(source)
         self.knows_developer = "developer" in source
-        self.wants_parts = _loops_over_content(env.parse(source)) and "is string" not in source
+        tree = env.parse(source)
+        self.wants_parts = _loops_over_content(tree) and "is string" not in source
+        self.knows_null = _asks_for_null_content(tree)
+        self.takes_text = _only_shows_arguments(tree)
 
     def render(self, variables: Mapping[str, Json]) -> str:
         """Raises InvalidRequest with the template's own words."""
@@ -96,13 +100,41 @@ class ChatTemplate:
 
 def _loops_over_content(tree: nodes.Template) -> bool:
     """Whether the template has a ``for`` over ``message.content`` or ``message['content']``."""
-    for loop in tree.find_all(nodes.For):
-        over = loop.iter
-        if isinstance(over, nodes.Getattr) and over.attr == "content":
-            return True
-        if isinstance(over, nodes.Getitem) and isinstance(over.arg, nodes.Const) and over.arg.value == "content":
+    return any(_is_field(loop.iter, "content") for loop in tree.find_all(nodes.For))
+
+
+def _asks_for_null_content(tree: nodes.Template) -> bool:
+    """Whether the template has ``message.content is none``, or ``is not none``, also of a variable ``content``."""
+    for test in tree.find_all(nodes.Test):
+        asked = test.node
+        is_variable = isinstance(asked, nodes.Name) and asked.name == "content"
+        if test.name == "none" and (is_variable or _is_field(asked, "content")):
             return True
     return False
+
+
+def _only_shows_arguments(tree: nodes.Template) -> bool:
+    """Whether the template puts ``function.arguments`` into its text as they are, and does nothing else with them: no
+    filter, no loop, no question of their type. Whether they are there at all, it may ask."""
+    shows = False
+    for node in tree.find_all(nodes.Node):
+        if not any(_is_field(child, "arguments") for child in node.iter_child_nodes()):
+            continue
+        if isinstance(node, (nodes.Add, nodes.Concat, nodes.Output)):
+            shows = True
+        elif isinstance(node, nodes.Test):
+            if node.name not in ("defined", "none"):
+                return False
+        elif not isinstance(node, (nodes.If, nodes.Not, nodes.And, nodes.Or)):
+            return False
+    return shows
+
+
+def _is_field(node: nodes.Node, name: str) -> bool:
+    """Whether ``node`` is ``something.name`` or ``something['name']``."""
+    if isinstance(node, nodes.Getitem):
+        return isinstance(node.arg, nodes.Const) and node.arg.value == name
+    return isinstance(node, nodes.Getattr) and node.attr == name
 
 
 class ChatTemplates:
@@ -153,7 +185,7 @@ class ChatTemplates:
         Raises InvalidRequest when there is no template, or when it refuses the messages.
         """
         template = self.choose(with_tools=bool(tools))
-        shaped = [_shape(message, template) for message in messages]
+        shaped = [_shape(message, template, f"messages[{i}]") for i, message in enumerate(messages)]
         if continue_final_message:
             add_generation_prompt = False
             _mark_end(shaped[-1])
@@ -170,9 +202,14 @@ class ChatTemplates:
         return _cut_at_mark(rendered, messages[-1]) if continue_final_message else rendered
 
 
-def _shape(message: JsonObject, template: ChatTemplate) -> JsonObject:
-    """The message as this template wants it."""
+def _shape(message: JsonObject, template: ChatTemplate, where: str) -> JsonObject:
+    """The message as this template wants it. Raises InvalidRequest for arguments of a tool call that are no JSON."""
     shaped = dict(message)
+    calls = shaped.get("tool_calls")
+    if isinstance(calls, list):
+        shaped["tool_calls"] = [_shape_call(call, template, f"{where}.tool_calls") for call in calls]
+    if shaped.get("content") is None and not (calls and template.knows_null):
+        shaped["content"] = ""
     if shaped["role"] == "developer" and not template.knows_developer:
         shaped["role"] = "system"
     reasoning = next((shaped[name] for name in _REASONING_NAMES if shaped.get(name) is not None), None)
@@ -182,6 +219,26 @@ def _shape(message: JsonObject, template: ChatTemplate) -> JsonObject:
     if template.wants_parts and isinstance(content, str):
         shaped["content"] = [{"type": "text", "text": content}]
     return shaped
+
+
+def _shape_call(call: Json, template: ChatTemplate, where: str) -> Json:
+    """Its arguments as values, or as JSON text: the client's own where it sent text, since that is what the model said.
+    Without any, it has empty ones."""
+    if not isinstance(call, dict) or not isinstance(function := call.get("function"), dict):
+        return call
+    sent = function.get("arguments")
+    sent = "{}" if sent is None or sent == "" else sent
+    try:
+        arguments = json.loads(sent) if isinstance(sent, str) else sent
+        if template.takes_text:
+            arguments = sent if isinstance(sent, str) else _to_json(sent)
+    except (ValueError, RecursionError):
+        raise InvalidRequest(
+            f"{where}: a function's arguments are not valid JSON. Send the JSON text of an object, '{{}}' if there are "
+            "none.",
+            param=where,
+        ) from None
+    return {**call, "function": {**function, "arguments": arguments}}
 
 
 def _mark_end(message: JsonObject) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, replace
 
 from proto.errors import InvalidRequest
@@ -247,7 +246,8 @@ def _read_prompt(entry: Json, vocab_size: int) -> str | tuple[int, ...]:
 
 
 def _read_message(value: Json, index: int) -> JsonObject:
-    """A message with its text flattened, its nulls dropped, and its tool arguments parsed, as templates expect."""
+    """A message with its text flattened and its nulls dropped, but for a content of null: what becomes of that, and of
+    a tool call's arguments, is the template's matter."""
     where = f"messages[{index}]"
     if not isinstance(value, dict):
         raise wrong_type(where, "an object", value)
@@ -257,7 +257,7 @@ def _read_message(value: Json, index: int) -> JsonObject:
     message: JsonObject = {name: entry for name, entry in value.items() if entry is not None}
     message["content"] = _flatten(value.get("content"), f"{where}.content")
     if "tool_calls" in message:
-        message["tool_calls"] = _read_tool_calls(message["tool_calls"], f"{where}.tool_calls")
+        _check_tool_calls(message["tool_calls"], f"{where}.tool_calls")
         if not message["tool_calls"]:
             del message["tool_calls"]
     elif role != "assistant" and "content" not in value:
@@ -265,11 +265,9 @@ def _read_message(value: Json, index: int) -> JsonObject:
     return message
 
 
-def _flatten(content: Json, where: str) -> str:
-    """A content's text: a string as it is, text parts joined by newlines, nothing for null."""
-    if content is None:
-        return ""
-    if isinstance(content, str):
+def _flatten(content: Json, where: str) -> str | None:
+    """A content's text: a string as it is, text parts joined by newlines."""
+    if content is None or isinstance(content, str):
         return content
     if not isinstance(content, list):
         raise wrong_type(where, "a string or an array of parts", content)
@@ -287,22 +285,12 @@ def _flatten(content: Json, where: str) -> str:
     return "\n".join(texts)
 
 
-def _read_tool_calls(calls: Json, where: str) -> list[Json]:
+def _check_tool_calls(calls: Json, where: str) -> None:
     if not isinstance(calls, list):
         raise wrong_type(where, "an array", calls)
-    parsed: list[Json] = []
     for call in calls:
-        function = call.get("function") if isinstance(call, dict) else None
-        if not isinstance(call, dict) or not isinstance(function, dict):
+        if not isinstance(call, dict) or not isinstance(call.get("function"), dict):
             raise InvalidRequest(f"{where}: every call needs a function.", param=where)
-        arguments = function.get("arguments")
-        if isinstance(arguments, str):
-            try:
-                arguments = json.loads(arguments or "{}")
-            except (ValueError, RecursionError):
-                raise InvalidRequest(f"{where}: a function's arguments are not valid JSON.", param=where) from None
-        parsed.append({**call, "function": {**function, "arguments": arguments}})
-    return parsed
 
 
 def _read_tools(fields: Fields) -> list[Json] | None:

@@ -131,6 +131,23 @@ async def test_template_arguments_tools_and_documents_reach_the_template() -> No
     assert MODEL.decode(site.flow.requests[0].prompt) == 'happy[{"type": "function"}]docHi\n!'
 
 
+@pytest.mark.parametrize(
+    ("function", "shown"),
+    [({"name": "f", "arguments": '{"a":  1}'}, 'call f{"a":  1}'), ({"name": "f"}, "call f{}")],
+)
+async def test_a_call_in_the_history_reaches_a_template_that_asks_for_null_content(function: dict, shown: str) -> None:
+    template = (
+        "{% for m in messages %}{% if m.content is none %}{% for call in m.tool_calls %}"
+        "{{ 'call ' + call.function.name + call.function.arguments }}{% endfor %}"
+        "{% else %}{{ m.content }} {% endif %}{% endfor %}"
+    )
+    messages = [MESSAGES[1], {"role": "assistant", "content": None, "tool_calls": [{"function": function}]}]
+    async with serving(flow("x"), served_model(template=template)) as site:
+        status, body, _ = await site.post(PATH, {"messages": messages})
+    assert status == 200, body
+    assert MODEL.decode(site.flow.requests[0].prompt) == f"Hi {shown}"
+
+
 async def test_the_operators_template_variables_stand_behind_the_clients() -> None:
     settings = RouterSettings(default_chat_template_kwargs={"mood": "calm", "lamp": "on"})
     async with serving(flow("x"), served_model(template="{{ mood }} {{ lamp }}"), settings) as site:

@@ -10,7 +10,7 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerFast
 
 from proto.errors import InvalidRequest
-from router.template import ChatTemplates
+from router.template import ChatTemplate, ChatTemplates
 from tests.support.http import byte_level_json
 
 LLAMA3_LIKE = """
@@ -150,6 +150,91 @@ def test_templates_that_read_parts_get_parts() -> None:
     source = "{% for m in messages %}{% for part in m['content'] %}[{{ part.text }}]{% endfor %}{% endfor %}"
     assert templates(source).render([USER]) == f"[{USER['content']}]"
     assert templates(source).render([USER], continue_final_message=True) == f"[{USER['content']}"
+
+
+DEEPSEEK_LIKE = (
+    "{{ bos_token }}{%- for message in messages %}"
+    "{%- if message['role'] == 'user' %}{{ '<User>' + message['content'] }}{%- endif %}"
+    "{%- if message['role'] == 'assistant' and message['content'] is none %}"
+    "{%- for tool in message['tool_calls'] %}"
+    "{{ '<Call>' + tool['type'] + '<Sep>' + tool['function']['name'] + '\\n' + tool['function']['arguments'] + '\\n' }}"
+    "{%- endfor %}{%- endif %}"
+    "{%- if message['role'] == 'assistant' and message['content'] is not none %}"
+    "{{ '<Assistant>' + message['content'] + '<End>' }}{%- endif %}"
+    "{%- if message['role'] == 'tool' %}{{ '<Output>' + message['content'] }}{%- endif %}"
+    "{%- endfor %}"
+)
+QWEN_LIKE = (
+    "{% for message in messages %}<{{ message.role }}>{{ message.content }}"
+    "{% for call in message.tool_calls or [] %}<call>{{ call.function.name }}"
+    "{% if call.function.arguments is string %}{{ call.function.arguments }}"
+    "{% else %}{{ call.function.arguments | tojson }}{% endif %}{% endfor %}{% endfor %}"
+)
+TOJSON = (
+    "{% for message in messages %}{% if tools is none and message.tool_calls is defined %}"
+    "{% for call in message.tool_calls %}{{ message.content + call.function.arguments | tojson }}{% endfor %}"
+    "{% endif %}{% endfor %}"
+)
+
+
+def called(arguments: object = None, content: str | None = None) -> list:
+    function = {"name": "f"} if arguments is None else {"name": "f", "arguments": arguments}
+    return [USER, {"role": "assistant", "content": content, "tool_calls": [{"type": "function", "function": function}]}]
+
+
+def test_calls_without_words_are_seen_by_templates_that_ask_for_none() -> None:
+    arguments = '{"city":  "Zürich"}'
+    rendered = templates(DEEPSEEK_LIKE).render([*called(arguments), {"role": "tool", "content": "sunny"}])
+    assert rendered == (f"<|begin|><User>{USER['content']}<Call>function<Sep>f\n{arguments}\n<Output>sunny")
+    assert "<Assistant>words<End>" in templates(DEEPSEEK_LIKE).render(called(arguments, "words"))
+
+
+def test_no_words_are_empty_ones_for_every_other_template() -> None:
+    assert templates(QWEN_LIKE).render(called("{}")).endswith("<assistant><call>f{}")
+    assert templates(TOJSON).render(called("{}")) == "{}"
+    assert templates("[{{ messages[1].content }}]").render([USER, {"role": "assistant", "content": None}]) == "[]"
+    assert "<Assistant><End>" in templates(DEEPSEEK_LIKE).render([{"role": "assistant", "content": None}])
+
+
+@pytest.mark.parametrize("arguments", ['{"a":[1,  "ü"]}', {"a": [1, "ü"]}])
+def test_arguments_are_values_unless_the_template_takes_them_for_text(arguments: object) -> None:
+    assert templates(TOJSON).render(called(arguments)) == '{"a": [1, "ü"]}'
+    assert templates(QWEN_LIKE).render(called(arguments)).endswith('f{"a": [1, "ü"]}')
+    text = arguments if isinstance(arguments, str) else '{"a": [1, "ü"]}'
+    assert f"f\n{text}\n" in templates(DEEPSEEK_LIKE).render(called(arguments))
+
+
+@pytest.mark.parametrize(
+    ("shows", "takes_text"),
+    [
+        ("{{ call.function.arguments }}", True),
+        ("{{ 'x' ~ call['function']['arguments'] }}", True),
+        ("{% if call.function.arguments is defined %}{{ '' + call.function.arguments }}{% endif %}", True),
+        ("{{ call.function.arguments | tojson }}", False),
+        ("{{ call.function.arguments.items() | list | length }}", False),
+        ("{% for key in call.function.arguments %}{{ key }}{% endfor %}", False),
+        ("{{ call.function.arguments if call.function.arguments is string else '-' }}", False),
+        ("{% set arguments = call.function.arguments %}{{ arguments }}", False),
+    ],
+)
+def test_a_template_takes_arguments_for_text_only_if_it_does_nothing_else_with_them(
+    shows: str, takes_text: bool
+) -> None:
+    assert ChatTemplate(f"{{% for call in messages[0].tool_calls %}}{shows}{{% endfor %}}").takes_text == takes_text
+
+
+@pytest.mark.parametrize("arguments", [None, ""])
+def test_a_call_without_arguments_has_none_to_show(arguments: object) -> None:
+    assert templates(TOJSON).render(called(arguments)) == "{}"
+    assert "f\n{}\n" in templates(DEEPSEEK_LIKE).render(called(arguments))
+
+
+def test_arguments_that_are_no_json_are_refused_with_what_to_send() -> None:
+    for template in (TOJSON, DEEPSEEK_LIKE):
+        for arguments in ("{", "[" * 100_000):
+            with pytest.raises(InvalidRequest, match="JSON text of an object") as caught:
+                templates(template).render(called(arguments))
+            assert caught.value.param == "messages[1].tool_calls"
 
 
 def test_reasoning_is_known_by_each_of_its_names() -> None:
