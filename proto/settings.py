@@ -180,7 +180,11 @@ class WorkerSettings:
 
     host: str = setting("0.0.0.0", "address the worker's gRPC service listens on")
     port: int = setting(0, "its port; 0: any free one", low=0, high=65535)
-    advertise: str | None = setting(None, "host or host:port others reach it by (default: this host's address)")
+    advertise: str | None = setting(
+        None,
+        "host or host:port others reach it by, for `serve` a host (default: this host's address, where its name gives "
+        "loopback that from which it reaches Redis)",
+    )
     http_port: int | None = setting(
         None, "port for /health, /ready and /metrics; 0: any free one (default: none)", low=0, high=65535
     )

@@ -7,6 +7,7 @@ stop    no new requests; those inside finish within the drain timeout, what is l
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import time
@@ -14,7 +15,7 @@ from collections import defaultdict
 from pathlib import Path
 
 from kvtransfer.ledger.handoffs import HandoffWriter
-from kvtransfer.ledger.records import InventoryChange, Snapshot, WorkerRecord
+from kvtransfer.ledger.records import InventoryChange, LedgerAway, Snapshot, WorkerRecord
 from kvtransfer.ledger.redis import RedisLedger
 from kvtransfer.ledger.watcher import LedgerWatcher
 from proto.control import Load, Role
@@ -116,8 +117,10 @@ class RouterService:
         return self._http.port
 
     async def start(self) -> None:
-        """Raises SetupError when the port is taken."""
+        """Raises SetupError when the port is taken, or Redis does not let us in."""
         await self._http.start()
+        with contextlib.suppress(LedgerAway):  # who watches it waits for it
+            await self._ledger.connect()
         self._watcher.start()
         self._handoffs.start()
         log.info("router %s listens on port %d", self.epoch, self.port)
@@ -139,7 +142,7 @@ class RouterService:
         """Ready when a request could be placed now, whatever its length, and KV travels."""
         reasons = self.registry.troubles()
         if not self._watcher.is_connected:
-            reasons.append("Redis does not answer; the last known workers are used")
+            reasons.append(f"the ledger in Redis is away: {self._watcher.trouble}; the last known workers are used")
         try:
             choose(self.registry.view(), Ask(num_tokens=_HUGE_PROMPT), self._weights)
             self.models.current()

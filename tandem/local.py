@@ -22,7 +22,7 @@ from engine.checkpoint import local_folder
 from kvtransfer.ledger.records import InventoryChange, WorkerRecord
 from kvtransfer.ledger.redis import RedisLedger
 from kvtransfer.ledger.watcher import LedgerWatcher
-from proto.errors import SetupError
+from proto.errors import SettingsError, SetupError
 from proto.ids import Epoch
 from proto.settings import (
     EngineSettings,
@@ -34,6 +34,7 @@ from proto.settings import (
     WorkerSettings,
 )
 from router.auth import read_keys
+from service.address import is_host
 from service.process import child_environment
 from tandem.local_redis import LocalRedis, keep_running
 from tandem.machine import Machine, shares
@@ -168,6 +169,7 @@ class LocalStack:
     def _check(self) -> None:
         """What would fail in a child seconds later, told at once and in one line. Raises SetupError."""
         router, model = self._settings.router, self._settings.engine.model
+        _check_advertised(self._settings)
         _free_port(router.host, router.port)
         for name in (model.model, model.tokenizer):
             if name:
@@ -280,6 +282,16 @@ def child_groups(settings: StackSettings, machine: Machine, *, is_private: bool)
         [worker("prefill", number, number) for number in range(num_prefill)],
         [worker("decode", number, num_prefill + number) for number in range(num_decode)],
     ]
+
+
+def _check_advertised(settings: StackSettings) -> None:
+    told = settings.worker.advertise
+    if told is None:
+        return
+    if settings.ledger.redis is None:
+        raise SettingsError("--advertise is for workers that other machines reach: give --redis URL, or leave it out")
+    if not is_host(told):
+        raise SettingsError(f"--advertise takes a host alone here, as each worker has a port of its own; got {told!r}")
 
 
 def _is_worker(child: Child) -> bool:

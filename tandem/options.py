@@ -47,7 +47,7 @@ class Scope:
         return tuple(option for option in found if option.key not in self.without)
 
 
-_OWN_ADDRESS = frozenset(f"worker.{name}" for name in ("host", "port", "advertise", "http_port", "worker_id"))
+_OWN_ADDRESS = frozenset(f"worker.{name}" for name in ("host", "port", "http_port", "worker_id"))
 _SHARED = frozenset({"router.drain_timeout"})
 """One command has one drain timeout: the workers'."""
 _ENGINE = ("model", "cache", "scheduler")

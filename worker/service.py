@@ -10,6 +10,7 @@ Knows what both tiers have in common. What a tier decides is behind ``Tier``; mo
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import re
 import socket
@@ -32,10 +33,11 @@ from proto.inventory import CacheChange
 from proto.layout import WIRE_VERSION
 from proto.lifecycle import Stage
 from proto.settings import EngineSettings, LedgerSettings, RpcSettings, WorkerSettings
+from service.address import is_host, join_address, own_address, split_address
 from service.health import Health
 from service.http import HttpServer, worker_app
 from service.metrics import EngineTotals, WorkerMetrics, show_ledger, show_publisher
-from service.rpc import RouterStream, TlsFiles, join_address, serve, split_address, worker_handler
+from service.rpc import RouterStream, TlsFiles, serve, worker_handler
 from worker.host import EngineHost, StepNews
 from worker.leases import Orphaned
 from worker.routers import RouterStreams
@@ -160,8 +162,10 @@ class WorkerService:
         )
         handlers = [handler, *self._handlers]
         self._server, port = await serve(self._settings.host, self._settings.port, handlers, self._tls)
-        self._address = advertised(self._settings, port)
+        self._address = await asyncio.to_thread(advertised, self._settings, port, self._ledger.host)
         await self._start_http()
+        with contextlib.suppress(records.LedgerAway):  # who publishes there waits for it
+            await self._ledger.connect()
         await self._host.open(self._health.loading)
         await self._tier.open()
         self._show_memory()
@@ -338,22 +342,19 @@ def named(settings: WorkerSettings, role: Role, epoch: Epoch) -> WorkerId:
     return WorkerId(name)
 
 
-def advertised(settings: WorkerSettings, port: int) -> str:
-    """host:port by which others reach this worker: as told, or the address it listens on, or this host's."""
+def advertised(settings: WorkerSettings, port: int, redis_host: str | None) -> str:
+    """host:port by which others reach this worker: as told, or the address it listens on, or this host's.
+
+    Those others are where Redis is, or beyond. Raises SettingsError. May wait for a name server.
+    """
     told = settings.advertise
-    if told is not None:
-        return told if _names_a_port(told) else join_address(told, port)
-    if settings.host not in ("0.0.0.0", "::", ""):
-        return join_address(settings.host, port)
+    if told is None:
+        is_any = settings.host in ("0.0.0.0", "::", "")
+        return join_address(own_address(redis_host) if is_any else settings.host, port)
+    if is_host(told):
+        return join_address(told, port)
     try:
-        return join_address(socket.gethostbyname(socket.gethostname()), port)
-    except OSError:
-        return join_address("127.0.0.1", port)
-
-
-def _names_a_port(address: str) -> bool:
-    try:
-        split_address(address)
-    except ValueError:
-        return False
-    return True
+        split_address(told)
+    except ValueError as error:
+        raise SettingsError(f"--advertise: {error}, nor a host alone") from None
+    return told

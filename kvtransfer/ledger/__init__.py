@@ -35,6 +35,6 @@ How it stays right:
 - A Redis that takes no writes (out of memory, a disk that it cannot save to) is as good as away, for readers too: the
   records in it expire though their workers live.
 
-Redis must run with ``noeviction``: an evicted key would look like a dead worker. What it holds is bounded by the TTLs,
-the stream's length and 4 KB to an event.
+Redis must run with ``noeviction``: an evicted key would look like a dead worker. Every process that starts asks, and
+warns. What it holds is bounded by the TTLs, the stream's length and 4 KB to an event.
 """

@@ -150,5 +150,5 @@ class WorkerPublisher:
             log.error("worker id %s belongs to a newer process; this one is not on the ledger", self._record.worker)
         self._num_superseded += 1
 
-    def _lost(self) -> None:
+    def _lost(self, why: str) -> None:
         self._is_connected = False

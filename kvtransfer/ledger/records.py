@@ -32,7 +32,7 @@ _USUAL_BYTES = 1024
 class LedgerAway(Exception):
     """Redis did not answer, or not as Redis should, or takes no writes: out of memory, or cannot save to disk.
 
-    Nothing is known about whether the last write was applied.
+    Nothing is known about whether the last write was applied. Its words hold no credentials.
     """
 
 

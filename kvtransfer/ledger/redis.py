@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import re
 import secrets
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from types import TracebackType
@@ -99,12 +100,19 @@ class RedisLedger:
         return cls(settings.redis, settings.namespace, ttl_s=settings.heartbeat_ttl_s)
 
     @property
+    def host(self) -> str | None:
+        """Where Redis is, as its URL says; None: on this host, behind a unix socket."""
+        place = self._redis.connection_pool.connection_kwargs
+        return None if "path" in place else place.get("host", "localhost")
+
+    @property
     def counts(self) -> LedgerCounts:
         return LedgerCounts(self._num_refused, self._num_malformed)
 
     async def connect(self) -> None:
-        """Asks whether Redis is there and fit for a ledger. Optional: other calls connect too, so LedgerAway from here
-        is no reason to give up. Raises SettingsError when Redis is there but does not let us in."""
+        """Asks whether Redis is there and fit for a ledger, and warns of one that evicts. Other calls connect too, so
+        LedgerAway from here is no reason to give up. Raises SettingsError when Redis is there but does not let us in.
+        """
         try:
             memory = await self._ask(lambda redis: redis.info("memory"))
         except LedgerAway as error:
@@ -328,7 +336,16 @@ class RedisLedger:
             async with asyncio.timeout(self._timeout_s):
                 yield
         except (RedisError, OSError) as error:  # TimeoutError is an OSError
-            raise LedgerAway(f"{type(error).__name__}: {error}") from error
+            said = self._without_credentials(str(error)) or "no answer in time"
+            raise LedgerAway(f"{type(error).__name__}: {said}") from error
+
+    def _without_credentials(self, said: str) -> str:
+        """Redis names the user whom it forbids something; the words are shown to whoever asks a router."""
+        login = self._redis.connection_pool.connection_kwargs
+        for secret in (login.get("username"), login.get("password")):
+            if secret:
+                said = re.sub(rf"(?<!\w){re.escape(secret)}(?!\w)", "***", said)
+        return said
 
 
 def _client(url: str, timeout_s: float) -> Redis:

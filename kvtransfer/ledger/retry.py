@@ -32,12 +32,13 @@ class Backoff:
 
 
 async def keep_doing(
-    what: str, step: Callable[[], Awaitable[None]], on_trouble: Callable[[], None] = lambda: None
+    what: str, step: Callable[[], Awaitable[None]], on_trouble: Callable[[str], None] = lambda why: None
 ) -> NoReturn:
     """Runs ``step`` over and over until cancelled. ``step`` waits for its own work, and starts over after a failure.
 
     An absence of Redis is logged once, at its start and at its end, and so is a lack of memory of our own. Any other
     failure is a bug, ours or a callback's: it is logged and survived, because a worker without a ledger still serves.
+    ``on_trouble`` is told why each time, in words that may be shown to anybody.
     """
     backoff = Backoff()
     is_away = False
@@ -48,14 +49,15 @@ async def keep_doing(
         try:
             await step()
         except (LedgerAway, MemoryError) as error:
+            why = str(error) or "no memory"
             if not is_away:
-                log.warning("%s: the ledger is away, going on without it: %s", what, str(error) or "no memory")
+                log.warning("%s: the ledger is away, going on without it: %s", what, why)
             is_away = True
-            on_trouble()
+            on_trouble(why)
             await backoff.pause()
-        except Exception:
+        except Exception as error:
             log.exception("%s failed; trying again", what)
-            on_trouble()
+            on_trouble(f"{type(error).__name__}, a fault of this process: its log says more")
             await backoff.pause()
         else:
             if is_away:

@@ -58,6 +58,7 @@ class LedgerWatcher:
         self._cursor: str | None = None
         self._nonce: str | None = None
         self._is_connected = False
+        self._trouble = "it has not been read yet"
         self._members_changed = False
         self._next_poll = 0.0
         self._expel_from = 0.0
@@ -69,6 +70,11 @@ class LedgerWatcher:
     @property
     def is_connected(self) -> bool:
         return self._is_connected
+
+    @property
+    def trouble(self) -> str:
+        """Why the ledger could not be read the last time that it could not."""
+        return self._trouble
 
     @property
     def workers(self) -> list[WorkerRecord]:
@@ -113,8 +119,9 @@ class LedgerWatcher:
         else:
             await self._follow(wait_s=self._next_poll - now)
 
-    def _lost(self) -> None:
+    def _lost(self, why: str) -> None:
         self._is_connected = False
+        self._trouble = why
 
     async def _follow(self, wait_s: float) -> None:
         assert self._cursor is not None

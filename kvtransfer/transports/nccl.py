@@ -42,7 +42,8 @@ from proto.errors import RemoteProtocolError
 from proto.handoff import TransportOffer
 from proto.ids import BlockId, Epoch
 from proto.layout import KvLayout
-from service.rpc import Duplex, StreamClosed, TlsFiles, channel, split_address
+from service.address import split_address
+from service.rpc import Duplex, StreamClosed, TlsFiles, channel
 
 log = logging.getLogger(__name__)
 

@@ -4,7 +4,7 @@ Knows connections, deadlines and bytes; what the messages mean is the tiers' bus
 """
 
 from service.rpc.client import WorkerClient, WorkerStream
-from service.rpc.connection import TlsFiles, channel, join_address, serve, split_address
+from service.rpc.connection import TlsFiles, channel, serve
 from service.rpc.duplex import Duplex, StreamClosed
 from service.rpc.worker import RouterStream, worker_handler
 
@@ -16,8 +16,6 @@ __all__ = [
     "WorkerClient",
     "WorkerStream",
     "channel",
-    "join_address",
     "serve",
-    "split_address",
     "worker_handler",
 ]

@@ -16,6 +16,7 @@ import grpc.aio
 from proto.errors import SettingsError, SetupError
 from proto.settings import RpcSettings
 from proto.wire import MAX_MESSAGE_BYTES
+from service.address import join_address
 
 _SLACK_BYTES = 1 << 20
 """Our own limit answers first, with a better message than gRPC's."""
@@ -149,16 +150,3 @@ async def serve(
         raise SetupError(f"cannot listen on {address}: is the port taken?") from error
     await server.start()
     return server, bound
-
-
-def join_address(host: str, port: int) -> str:
-    """host:port, with brackets around an IPv6 address."""
-    return f"[{host}]:{port}" if ":" in host and not host.startswith("[") else f"{host}:{port}"
-
-
-def split_address(address: str) -> tuple[str, int]:
-    """The host (without brackets) and port of host:port. Raises ValueError."""
-    host, colon, port = address.rpartition(":")
-    if not colon or not host or not port.isdecimal():
-        raise ValueError(f"{address!r} is not host:port")
-    return host.removeprefix("[").removesuffix("]"), int(port)

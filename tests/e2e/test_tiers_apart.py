@@ -53,6 +53,12 @@ class Apart:
         process.send_signal(signal.SIGTERM)
         return process.wait(TIMEOUT_S)
 
+    def ended(self, name: str) -> tuple[int, str]:
+        """By itself: its exit status, and all that it wrote."""
+        status = self._processes[name].wait(TIMEOUT_S)
+        del self._processes[name]
+        return status, (self._folder / f"{name}.log").read_text()
+
     def end_all(self) -> None:
         for name in list(self._processes):
             self.end(name)
@@ -146,3 +152,19 @@ def test_two_models_do_not_serve_one_request(apart: Apart, tmp_path: Path) -> No
     assert status == 503, reply
     message = str(reply["error"]["message"])  # type: ignore[index]
     assert "model" in message
+
+
+async def test_whom_redis_does_not_let_in_says_so_and_ends(tmp_path: Path) -> None:
+    port = free_port()
+    async with LocalRedis(port=port):
+        stranger = Apart(f"redis://:wrong@127.0.0.1:{port}/0", tmp_path)
+        try:
+            stranger.router()
+            stranger.worker("decode", tmp_path)
+            for name in ("router", "decode-0"):
+                status, said = stranger.ended(name)
+                assert status == 2, said
+                assert "error: Redis wants another user or password in its URL" in said
+                assert "wrong@" not in said
+        finally:
+            stranger.end_all()

@@ -29,6 +29,7 @@ from service.rpc import RouterStream, StreamClosed, serve, worker_handler
 from tandem.local_redis import LocalRedis
 from tests.support.http import model_card, served_model
 from tests.support.ledger import until
+from tests.support.redis import free_port
 
 LETTERS = served_model().encode("abcd", add_special_tokens=False)
 LOAD = Load(num_running=3, num_blocks=10, num_free_blocks=5)
@@ -361,10 +362,52 @@ async def test_without_redis_the_known_workers_go_on(local_redis: LocalRedis) ->
         assert (await place.complete())[0] == 200
 
         async def missed() -> bool:
-            return "Redis" in (await place.get("/ready"))[1]
+            return "the ledger in Redis is away: ConnectionError" in (await place.get("/ready"))[1]
 
         await eventually(missed)
         await eventually(place.is_ready)
+
+
+async def test_a_router_starts_without_redis_says_why_and_finds_the_workers_once_it_comes() -> None:
+    port = free_port()
+    redis = LocalRedis(port=port)
+    async with town(redis) as place:
+
+        async def reasons() -> str:
+            return (await place.get("/ready"))[1]
+
+        async def says_why() -> bool:
+            return f"the ledger in Redis is away: ConnectionError: Error 111 connecting to 127.0.0.1:{port}" in (
+                await reasons()
+            )
+
+        await eventually(says_why)
+        assert redis.url.split(":")[2].partition("@")[0] not in await reasons(), "that is the password"
+        async with redis:
+            await place.add(ScriptedWorker("d1", Role.DECODE))
+            await eventually(place.is_ready)
+            assert "Redis" not in await reasons()
+
+
+async def test_a_router_that_redis_does_not_let_in_does_not_start() -> None:
+    port = free_port()
+    async with LocalRedis(port=port):
+        service = RouterService(
+            RouterSettings(host="127.0.0.1", port=0),
+            LedgerSettings(redis=f"redis://:wrong@127.0.0.1:{port}/0"),
+            ModelSettings(),
+            CacheSettings(),
+        )
+        with pytest.raises(SettingsError, match="another user or password"):
+            await service.start()
+        await service.stop()
+
+
+async def test_a_router_warns_of_a_redis_that_evicts(local_redis: LocalRedis, caplog: pytest.LogCaptureFixture) -> None:
+    async with Redis.from_url(local_redis.url) as raw:
+        await raw.config_set("maxmemory-policy", "allkeys-lru")
+    async with town(local_redis):
+        assert "maxmemory-policy is allkeys-lru" in caplog.text
 
 
 async def test_stopping_lets_those_inside_finish(local_redis: LocalRedis) -> None:

@@ -13,7 +13,7 @@ from proto.control import ModelCard
 from proto.errors import NoWorker, SettingsError, SetupError
 from proto.health import HealthReport, Phase
 from proto.settings import RpcSettings
-from service.rpc import RouterStream, TlsFiles, WorkerClient, join_address, serve, split_address, worker_handler
+from service.rpc import RouterStream, TlsFiles, WorkerClient, serve, worker_handler
 from tests.support.certificates import self_signed
 
 CARD = ModelCard("m", ("m",), "d", 64, 100, (2,), 16, "l", "ns", {"tokenizer.json": bytes(40 << 20)})
@@ -56,21 +56,6 @@ async def test_a_proxy_of_the_environment_is_not_asked(monkeypatch: pytest.Monke
     assert (await client.health()).is_ready
     await client.close()
     await server.stop(None)
-
-
-@pytest.mark.parametrize(
-    ("host", "port", "address"),
-    [("localhost", 80, "localhost:80"), ("::1", 80, "[::1]:80"), ("10.0.0.1", 9, "10.0.0.1:9")],
-)
-def test_addresses_there_and_back(host: str, port: int, address: str) -> None:
-    assert join_address(host, port) == address
-    assert split_address(address) == (host, port)
-
-
-@pytest.mark.parametrize("text", ["", "host", "host:", ":80", "host:http", "host:-1"])
-def test_what_is_no_address(text: str) -> None:
-    with pytest.raises(ValueError, match="not host:port"):
-        split_address(text)
 
 
 @pytest.fixture(scope="session")

@@ -20,8 +20,10 @@ from proto.ids import Epoch, WorkerId
 from proto.settings import CacheSettings, LedgerSettings, LogSettings, ModelSettings, RouterSettings, WorkerSettings
 from tandem import options
 from tandem.local import LocalStack, Ready, StackSettings, child_groups, print_line
+from tandem.local_redis import LocalRedis
 from tandem.machine import Machine
 from tandem.options import ROUTER, SERVE, WORKER, Resolved, build_parser, resolve
+from tests.support.redis import free_port
 
 
 def stack_settings(*argv: str) -> StackSettings:
@@ -102,6 +104,15 @@ def test_on_a_shared_ledger_workers_can_be_reached_and_have_unique_names() -> No
     assert (read.host, read.advertise) == ("0.0.0.0", None)
 
 
+@pytest.mark.parametrize("host", ["10.0.0.2", "pod-7", "fd00::2"])
+def test_on_a_shared_ledger_workers_go_by_the_host_that_is_told(host: str) -> None:
+    settings = stack_settings("--redis", "redis://10.0.0.1", "--advertise", host)
+    _, (prefill,), (decode,) = child_groups(settings, Machine(2), is_private=False)
+    for spec in (prefill, decode):
+        read = as_child_reads(dict(spec.environ), WORKER).get(WorkerSettings)
+        assert (read.host, read.advertise, read.port) == ("0.0.0.0", host, 0)
+
+
 def test_a_childs_line_that_cannot_be_written_harms_nobody(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -176,6 +187,8 @@ def test_port_zero_is_settled_before_anybody_is_told() -> None:
         (("--model-path", "/nonexistent/model", "--port", "0"), "There is no folder /nonexistent/model"),
         (("--tokenizer", "nothing", "--port", "0"), "There is no folder nothing"),
         (("--host", "203.0.113.1", "--port", "80"), r"cannot listen on 203\.0\.113\.1:80"),
+        (("--redis", "redis://r", "--advertise", "pod-7:9000"), "a host alone here, .* got 'pod-7:9000'"),
+        (("--advertise", "pod-7"), "give --redis URL, or leave it out"),
     ],
 )
 async def test_what_is_plainly_wrong_is_told_before_anything_is_started(argv: tuple[str, ...], why: str) -> None:
@@ -196,6 +209,22 @@ async def test_a_taken_port_is_told_before_anything_is_started() -> None:
         with pytest.raises(SetupError, match=f"cannot listen on 127.0.0.1:{port}: Address already in use"):
             await stack.start()
     await stack.stop()
+
+
+async def test_a_redis_that_does_not_let_in_ends_the_stack_with_its_reason(tmp_path: Path) -> None:
+    port = free_port()
+    async with LocalRedis(port=port):
+        settings = stack_settings("--port", "0", "--device", "cpu", "--redis", f"redis://:wrong@127.0.0.1:{port}/0")
+        model = replace(settings.engine.model, model=str(tmp_path))
+        settings = replace(settings, engine=replace(settings.engine, model=model))
+        stack = LocalStack(settings, Machine(1), say=lambda name, line: None, on_ready=lambda ready: None)
+        await stack.start()
+        try:
+            async with asyncio.timeout(120):
+                with pytest.raises(SetupError, match="cannot start: Redis wants another user or password in its URL"):
+                    await stack.run()
+        finally:
+            await stack.stop()
 
 
 async def test_a_model_that_does_not_load_ends_the_stack_with_its_reason(tmp_path: Path) -> None:

@@ -206,7 +206,7 @@ async def test_a_worker_short_of_memory_says_so_once_and_beats_again(
 
 async def test_a_redis_that_never_answers_bounds_what_waits_and_lets_go() -> None:
     async with black_hole() as url, RedisLedger(url, "test", timeout_s=0.1) as ledger:
-        with pytest.raises(LedgerAway, match="TimeoutError"):
+        with pytest.raises(LedgerAway, match="TimeoutError: no answer in time"):
             await ledger.workers()
         cache = FakeCache()
         publisher = publisher_of(ledger, cache)
@@ -236,6 +236,8 @@ async def test_a_redis_that_comes_late_is_used_from_then_on() -> None:
         publisher.start()
         publisher.publish(cache.change(Stored(blocks(2))))
         assert not believer.watcher.is_connected
+        assert believer.watcher.trouble == "it has not been read yet"
+        await until(lambda: f"connecting to 127.0.0.1:{port}" in believer.watcher.trouble)
         async with redis:
             await believer.until(lambda: believer.holds("e1", blocks(1, 2)))
             await publisher.close()
@@ -243,10 +245,11 @@ async def test_a_redis_that_comes_late_is_used_from_then_on() -> None:
 
 async def test_an_outage_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
     async with RedisLedger("unix:///nonexistent/redis.sock", "test") as ledger:
-        heard: list[int] = []
+        heard: list[str] = []
         publisher = publisher_of(ledger, FakeCache())
-        publisher._lost = lambda: heard.append(1)  # type: ignore[method-assign]
+        publisher._lost = heard.append  # type: ignore[method-assign]
         publisher.start()
         await until(lambda: len(heard) >= 3)
         await publisher.close()
     assert caplog.text.count("heartbeat: the ledger is away") == 1
+    assert set(heard) == {"ConnectionError: Error 2 connecting to /nonexistent/redis.sock. No such file or directory."}

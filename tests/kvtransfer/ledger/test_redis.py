@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator
 
 import pytest
@@ -346,6 +347,37 @@ async def test_a_wrong_password_is_a_wrong_setting(ledger: RedisLedger, raw: Red
             await stranger.workers()
     async with RedisLedger(f"{local_redis.url}?password=secret", "test") as friend:
         await friend.connect()
+
+
+async def test_what_is_said_of_an_absence_names_nobody() -> None:
+    async def forbid(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """As Redis 7 does; earlier ones do not say whom."""
+        while said := await reader.read(4096):
+            for command in said.split(b"*")[1:]:
+                is_login = b"AUTH" in command or b"SETINFO" in command
+                writer.write(b"+OK\r\n" if is_login else b"-NOPERM User wal.ter may not, wal.ters may, $hush\r\n")
+        writer.close()
+
+    async with await asyncio.start_server(forbid, "127.0.0.1", 0) as server:
+        host, port = server.sockets[0].getsockname()
+        async with RedisLedger(f"redis://wal.ter:$hush@{host}:{port}", "test") as ledger:
+            with pytest.raises(LedgerAway, match=r"^NoPermissionError: User \*\*\* may not, wal.ters may, \*\*\*$"):
+                await ledger.connect()
+
+
+@pytest.mark.parametrize(
+    ("url", "host"),
+    [
+        ("redis://10.0.0.1:6379/0", "10.0.0.1"),
+        ("rediss://:secret@redis.example", "redis.example"),
+        ("redis://[fd00::1]:6379", "fd00::1"),
+        ("redis://", "localhost"),
+        ("unix:///run/redis.sock", None),
+    ],
+)
+async def test_where_redis_is(url: str, host: str | None) -> None:
+    async with RedisLedger(url, "test") as ledger:
+        assert ledger.host == host
 
 
 @pytest.mark.parametrize("namespace", ["", "a:b"])
