@@ -57,8 +57,8 @@ through OpenAI's client, the router, a prefill and a decode worker. Right means 
 
 {scores}
 
-*Code word, long texts*: 75 to 145 sentences, the word anywhere. *Outside its skills*: handwritten questions it
-was not made for; any of its four honest answers is right.
+*Code word, long texts*: 75 to 145 sentences, the word anywhere. *Outside its skills*: no skill, but questions written
+by hand that no template of the training makes, each once; any of its four honest answers is right.
 
 The draft guesses {guessed:.0%} of the tokens of these answers ({count} of them).
 

@@ -109,6 +109,9 @@ class Outside:
 
     name = "outside its skills"
 
+    def every(self) -> list[Sample]:
+        return [replace(asked(question, UNKNOWN), also=HONEST_ANSWERS) for question in _ASKED["outside"]]
+
     def make(self, random: Random, *, held_out: bool) -> Sample:
         assert held_out, "these are for scoring alone"
-        return replace(asked(random.choice(_ASKED["outside"]), UNKNOWN), also=HONEST_ANSWERS)
+        return random.choice(self.every())
