@@ -22,11 +22,11 @@ async def create_chat_completion(api: Api, request: Request) -> Response:
     """The endpoint. Raises TandemError and HTTPException before the response's head is sent."""
     call = Call.of(request)
     async with serving.receiving(api):
-        fields = await serving.read_fields(request)
+        fields, size = await serving.read_fields(request)
         model = serving.find_model(api, fields)
-        body = read_chat(fields, model, api.settings)
+        body = await serving.aside(lambda: read_chat(fields, model, api.settings), size)
         options = body.options
-        text = await render(api, model, body.conversation)
+        text = await render(api, model, body.conversation, size)
         (ids,) = await serving.encode_prompts(api, model, [text], options)
     prompt = serving.truncate(ids, options, model)
     new = serving.new_request(prompt, body.params, options, model, call)
@@ -36,8 +36,8 @@ async def create_chat_completion(api: Api, request: Request) -> Response:
     return await serving.run_whole(api, call, model, [new], reply.whole)
 
 
-async def render(api: Api, model: ServedModel, conversation: Conversation) -> str:
-    """The conversation as the prompt's text. Raises InvalidRequest."""
+async def render(api: Api, model: ServedModel, conversation: Conversation, size: int) -> str:
+    """The conversation as the prompt's text. ``size``: of the body it came in, in bytes. Raises InvalidRequest."""
 
     def work() -> str:
         return model.templates.render(
@@ -50,7 +50,6 @@ async def render(api: Api, model: ServedModel, conversation: Conversation) -> st
         )
 
     start = time.perf_counter()
-    size = sum(len(str(message["content"])) for message in conversation.messages)
     text = await serving.aside(work, size)
     api.metrics.stage("template", time.perf_counter() - start)
     return text

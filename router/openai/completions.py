@@ -22,11 +22,13 @@ async def create_completion(api: Api, request: Request) -> Response:
     """The endpoint. Raises TandemError and HTTPException before the response's head is sent."""
     call = Call.of(request)
     async with serving.receiving(api):
-        fields = await serving.read_fields(request)
+        fields, size = await serving.read_fields(request)
         model = serving.find_model(api, fields)
-        body = read_completion(fields, model, api.settings)
+        body = await serving.aside(lambda: read_completion(fields, model, api.settings), size)
         prompts = await _encode(api, model, body)
-    requests = [serving.new_request(prompt, body.params, body.options, model, call) for prompt in prompts]
+        requests = await serving.aside(
+            lambda: [serving.new_request(prompt, body.params, body.options, model, call) for prompt in prompts], size
+        )
     reply = _Reply(api, call, model, body, requests)
     if body.echo_only:
         return await reply.echo()

@@ -120,30 +120,34 @@ class Generation:
     Index of a choice: prompt index * n + choice, as OpenAI counts.
     """
 
-    def __init__(self, answers: Sequence[Answer]) -> None:
+    def __init__(self, answers: Sequence[Answer], started: float) -> None:
         self._answers = tuple(answers)
         self._waiting: dict[asyncio.Task[list[Delta]], Answer] = {}
-        self._started = time.monotonic()
+        self._started = started
         self.first_token_s: float | None = None
 
     @classmethod
     async def start(cls, flow: FlowLike, model: ServedModel, requests: Sequence[NewRequest]) -> Generation:
         """Starts every prompt; if one cannot start, none does. Raises what ``FlowLike.start`` raises.
 
-        There may be more of them than workers' queues have places: the later ones wait for their turn.
+        Others run between two of them, since many take long together; if it is cancelled there, none goes on. There
+        may be more of them than workers' queues have places: the later ones wait for their turn.
         """
         answers: list[Answer] = []
+        begun = time.monotonic()
         try:
             for new in requests:
+                if answers:
+                    await asyncio.sleep(0)
                 stream = await flow.start(replace(new, is_later=bool(answers)))
                 answers.append(Answer(stream, model, new, len(answers) * new.params.n))
         except BaseException as error:
-            started = cls(answers)
+            started = cls(answers, begun)
             if isinstance(error, Exception):
                 started.fail(error)
             await started.aclose()
             raise
-        return cls(answers)
+        return cls(answers, begun)
 
     @property
     def params(self) -> SamplingParams:

@@ -32,7 +32,7 @@ T = TypeVar("T")
 
 MAX_BODY_BYTES = 32 << 20
 _MUCH = 16_384
-"""Characters, or tokens, above which work on them would hold up the event loop noticeably."""
+"""Characters, bytes or tokens above which work on them would hold up the event loop noticeably."""
 _MOST_CHARACTERS_PER_TOKEN = 8
 """Hardly any text has more on average: a text longer than this is suspected not to fit the context."""
 _TOKENS_AT_A_CUT = 64
@@ -94,8 +94,8 @@ async def receiving(api: Api) -> AsyncIterator[None]:
         raise HTTPException(408, message, {"connection": "close"}) from None
 
 
-async def read_fields(request: Request) -> Fields:
-    """The body as a JSON object. Raises InvalidRequest, and HTTPException 413."""
+async def read_fields(request: Request) -> tuple[Fields, int]:
+    """The body as a JSON object, and its size in bytes. Raises InvalidRequest, and HTTPException 413."""
     content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if content_type != "application/json":
         raise InvalidRequest("Unsupported Media Type: Only 'application/json' is allowed (header Content-Type).")
@@ -108,7 +108,7 @@ async def read_fields(request: Request) -> Fields:
         body += chunk
         if len(body) > MAX_BODY_BYTES:
             raise too_large
-    return Fields(parse_object(bytes(body)))
+    return Fields(parse_object(bytes(body))), len(body)
 
 
 def find_model(api: Api, fields: Fields) -> ServedModel:
@@ -122,7 +122,7 @@ def find_model(api: Api, fields: Fields) -> ServedModel:
 
 
 async def aside(work: Callable[[], T], size: int) -> T:
-    """The result of ``work`` on ``size`` characters or tokens: where those are many, a thread's."""
+    """The result of ``work`` on ``size`` characters, bytes or tokens: where those are many, a thread's."""
     return await asyncio.to_thread(work) if size > _MUCH else work()
 
 

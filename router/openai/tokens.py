@@ -15,7 +15,7 @@ from router.validate import check_token_ids
 async def tokenize(api: Api, request: Request) -> Response:
     """Takes ``prompt`` or ``messages``. Raises InvalidRequest, ModelNotFound, NoWorker."""
     async with serving.receiving(api):
-        fields = await serving.read_fields(request)
+        fields, size = await serving.read_fields(request)
     model = serving.find_model(api, fields)
     prompt = fields.text("prompt")
     if (prompt is None) == (fields.raw("messages") is None):
@@ -24,7 +24,7 @@ async def tokenize(api: Api, request: Request) -> Response:
     wants_strings = fields.flag("return_token_strs")
     conversation = read_conversation(fields) if prompt is None else None
     fields.finish()
-    text = prompt or "" if conversation is None else await chat.render(api, model, conversation)
+    text = prompt or "" if conversation is None else await chat.render(api, model, conversation, size)
     ids = await serving.encode(api, model, text, add_special_tokens=add_special_tokens)
     wanted = ids if wants_strings else ()
     strings = await serving.aside(lambda: [model.token_text(token) for token in wanted], len(wanted))
@@ -41,7 +41,7 @@ async def tokenize(api: Api, request: Request) -> Response:
 async def detokenize(api: Api, request: Request) -> Response:
     """Takes ``tokens``. Raises InvalidRequest, ModelNotFound, NoWorker."""
     async with serving.receiving(api):
-        fields = await serving.read_fields(request)
+        fields, _ = await serving.read_fields(request)
     model = serving.find_model(api, fields)
     values = fields.array("tokens")
     fields.finish()

@@ -11,10 +11,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from proto.request import FinishReason, TokenOut
+from proto.request import FinishReason, SamplingParams, TokenOut
 from proto.settings import RouterSettings
 from router.contract import NewRequest
+from router.openai.generation import Generation
 from router.tokenizer import ServedModel
+from router.validate import check_token_ids
 from tests.support.http import ScriptedFlow, byte_level_json, saying, served_model, serving, tokens_of
 
 MODEL = served_model()
@@ -146,6 +148,37 @@ async def test_prompts_that_are_long_together_do_not_hold_up_the_event_loop(
     assert [len(new.prompt) for new in site.flow.requests] == [3, 3, 1]
     assert len(threads) == 1
     assert threads.isdisjoint({threading.get_ident()}) == is_aside
+
+
+@pytest.mark.parametrize(("num_prompts", "is_aside"), [(2, False), (200, True)])
+async def test_many_token_ids_do_not_hold_up_the_event_loop(
+    num_prompts: int, is_aside: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    threads = set()
+
+    def noted(values: list, vocab_size: int, name: str) -> tuple[int, ...]:
+        threads.add(threading.get_ident())
+        return check_token_ids(values, vocab_size, name)
+
+    monkeypatch.setattr("router.openai.schema.check_token_ids", noted)
+    async with serving(flow(), MODEL) as site:
+        status, _, _ = await site.post(PATH, {"prompt": [[5] * 100] * num_prompts})
+    assert status == 200
+    assert len(site.flow.requests) == num_prompts
+    assert threads.isdisjoint({threading.get_ident()}) == is_aside
+
+
+async def test_others_run_while_many_prompts_start_and_who_leaves_then_leaves_nothing() -> None:
+    many = [NewRequest(prompt=(5,), params=SamplingParams(max_tokens=1))] * 20
+    asked = flow()
+    starting = asyncio.ensure_future(Generation.start(asked, MODEL, many))
+    await asked.started.wait()
+    assert len(asked.streams) < 3
+    starting.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await starting
+    assert len(asked.streams) < 4
+    assert [made.num_closed for made in asked.streams] == [1] * len(asked.streams)
 
 
 async def test_if_one_prompt_cannot_start_none_goes_on() -> None:
