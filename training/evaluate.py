@@ -87,7 +87,8 @@ async def score(client: openai.AsyncOpenAI, skill: Skill, count: int, concurrenc
 
     results = await asyncio.gather(*(ask(sample) for sample in held_out(skill, count)))
     wrong = tuple((sample, said) for sample, said, _ in results if not sample.accepts(said))
-    return Score(skill.name, count, sum(tokens for _, _, tokens in results) / count, wrong)
+    num_tokens = sum(tokens for _, _, tokens in results)
+    return Score(skill.name, len(results), num_tokens / len(results), wrong)
 
 
 async def evaluate(url: str, count: int, concurrency: int, show: int) -> list[Score]:
