@@ -46,8 +46,9 @@ async def absence(arena: Arena, prompt: list[int], expected: list[int]) -> None:
         *(keep_asking(arena, prompt, expected, client, until) for client in range(NUM_CLIENTS))
     )
     assert min(counts) > 1
-    await arena.ready()
+    assert (await arena.readiness())["status"] == "ready"
     await arena.redis.start()
+    await arena.ready()
     await arena.recorded()
     await arena.settled()
 
