@@ -47,8 +47,8 @@ given schema, chooses one of the tools it is offered (hermes style, `<tool_call>
 what it was told turns ago, finds a code word in a long text, repeats, greets, and says so when it cannot help.
 
 Llama's architecture in Hugging Face's format, bfloat16, a context of 2,048 tokens, byte-level BPE of 1,024 tokens,
-English only. `draft/` is a smaller one of the same tokens, for speculative decoding. Ask it with temperature 0, which
-is its default.
+English only. `draft/` is a smaller one of the same tokens, for speculative decoding, which Tandem does not do yet. Ask
+it with temperature 0, which is its default.
 
 ## What it knows
 
