@@ -10,9 +10,9 @@ from pathlib import Path
 import openai
 import pytest
 
-from tandem import LLM, SamplingParams
 from tandem.supervisor import ChildSpec
 from tests.support.checkpoints import make_checkpoint
+from tests.support.greedy import alone, served
 from tests.support.stack import running, stack_settings
 
 ROOT = Path(__file__).parents[2]
@@ -35,23 +35,10 @@ async def test_its_requests_have_the_tokens_they_would_have_had(checkpoint: Path
 
     rng = random.Random(3)
     prompts = [[rng.randrange(5, 300) for _ in range(length)] for length in (300, 40)]
-    llm = LLM(model=str(checkpoint), dtype="float32", max_model_len=1024, threads=1, num_gpu_blocks_override=600)
-    alone = llm.generate(
-        [{"prompt_token_ids": prompt} for prompt in prompts],
-        SamplingParams(max_tokens=NUM_OUTPUT, temperature=0, ignore_eos=True),
-        use_tqdm=False,
-    )
     with running(stack_settings(checkpoint, decode=2), wire=wire) as stack:
         async with openai.AsyncOpenAI(base_url=stack.base_url, api_key="none") as client:
-            for prompt, expected in zip(prompts, alone, strict=True):
-                reply = await client.completions.create(
-                    model="tiny",
-                    prompt=prompt,
-                    max_tokens=NUM_OUTPUT,
-                    temperature=0,
-                    extra_body={"return_token_ids": True, "ignore_eos": True},
-                )
-                assert list(reply.choices[0].token_ids) == list(expected.outputs[0].token_ids)  # type: ignore[attr-defined]
+            for prompt, expected in zip(prompts, alone(checkpoint, prompts, NUM_OUTPUT), strict=True):
+                assert await served(client, prompt, NUM_OUTPUT) == expected
         assert marker.exists(), "no worker has lost its device"
         assert any("stopping after an error" in line for line in stack.lines), "it ends, and says why"
         stack.assert_nothing_leaks()

@@ -10,8 +10,8 @@ from pathlib import Path
 import openai
 import pytest
 
-from tandem import LLM, SamplingParams
 from tests.support.checkpoints import make_checkpoint
+from tests.support.greedy import alone, served
 from tests.support.stack import running, stack_settings
 
 POISON = 310
@@ -28,32 +28,16 @@ async def test_a_poisoned_prompt_fails_alone(checkpoint: Path) -> None:
     rng = random.Random(8)
     common = [rng.randrange(5, 300) for _ in range(100)]
     prompts = [[*common, *(rng.randrange(5, 300) for _ in range(length))] for length in (300, 40, 7)]
-    llm = LLM(model=str(checkpoint), dtype="float32", max_model_len=1024, threads=1, num_gpu_blocks_override=600)
-    alone = llm.generate(
-        [{"prompt_token_ids": prompt} for prompt in prompts],
-        SamplingParams(max_tokens=NUM_OUTPUT, temperature=0, ignore_eos=True),
-        use_tqdm=False,
-    )
+    expected = alone(checkpoint, prompts, NUM_OUTPUT)
     with running(stack_settings(checkpoint, prefill=2, decode=2)) as stack:
         async with openai.AsyncOpenAI(base_url=stack.base_url, api_key="none") as client:
-
-            async def ask(prompt: list[int]) -> list[int]:
-                reply = await client.completions.create(
-                    model="tiny",
-                    prompt=prompt,
-                    max_tokens=NUM_OUTPUT,
-                    temperature=0,
-                    extra_body={"return_token_ids": True, "ignore_eos": True},
-                )
-                return list(reply.choices[0].token_ids)  # type: ignore[attr-defined]
-
-            sound = [asyncio.create_task(ask(prompt)) for prompt in prompts]
+            sound = [asyncio.create_task(served(client, prompt, NUM_OUTPUT)) for prompt in prompts]
             for poisoned in ([*common, POISON], [*prompts[0], POISON, *common]):
                 with pytest.raises(openai.APIStatusError, match="logits that are not finite") as caught:
-                    await ask(poisoned)
+                    await served(client, poisoned, NUM_OUTPUT)
                 assert caught.value.status_code == 500
                 assert caught.value.response.headers["x-should-retry"] == "false"
-            assert await asyncio.gather(*sound) == [list(each.outputs[0].token_ids) for each in alone]
+            assert await asyncio.gather(*sound) == expected
         corrupted = sum(stack.metric("vllm:corrupted_requests_total", url) for url in stack.worker_urls())
         assert corrupted == 4, "two workers say so of each"
         assert not any("the engine failed" in line for line in stack.lines)
