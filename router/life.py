@@ -92,17 +92,15 @@ class Life:
 
     def begin(self, spent_s: float = 0.0) -> None:
         """Places the request and tells its workers; where the last of them left a moment ago, waits for another; and
-        where all are full, if it is a later prompt, for its turn.
-        ``spent_s`` of its time is over already.
+        where all are full, if it is a later prompt, for its turn. ``spent_s`` of its time is over already.
 
         Raises NoWorker or Overloaded, and then nothing has happened.
         """
         try:
             decision = self._search.find(self.request, Remedy.RESTART, is_new=True)
         except (NoWorker, Overloaded) as error:
-            if isinstance(error, Overloaded) and not self._is_under_way:
-                raise
-            if isinstance(error, NoWorker) and not self._dispatcher.had_worker_lately():
+            waits = self._is_under_way if isinstance(error, Overloaded) else self._dispatcher.had_worker_lately()
+            if not waits:
                 raise
             self._need = Remedy.RESTART
             self._search.wait(error, self.stage)

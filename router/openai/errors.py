@@ -81,7 +81,6 @@ def _reply_for_tandem(error: TandemError) -> ErrorReply:
         if wait_s is not None:
             headers["Retry-After"] = str(max(math.ceil(wait_s), 1))
     if isinstance(error, NotFinite):
-        headers["x-should-retry"] = (
-            "false"  # OpenAI's clients repeat a 500 otherwise, which would fail everywhere again
-        )
+        # OpenAI's clients repeat a 500 otherwise, which would fail everywhere again.
+        headers["x-should-retry"] = "false"
     return error_reply(error.status, error.kind, error.message, param=error.param, stage=error.stage, headers=headers)
