@@ -28,7 +28,7 @@ builtin-model: setup
 	OMP_NUM_THREADS=1 ONEDNN_PRIMITIVE_CACHE_CAPACITY=8192 $(VENV)/bin/python -m training
 	mkdir -p tandem/builtin
 	cp -R .cache/builtin-model/out/. tandem/builtin/
-	$(VENV)/bin/python -m training.evaluate --model tandem/builtin --card tandem/builtin/README.md
+	$(VENV)/bin/python -m training.evaluate --model tandem/builtin --card tandem/builtin/README.md --count 500
 
 docs: setup
 	$(VENV)/bin/python scripts/configuration.py

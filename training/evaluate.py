@@ -26,7 +26,7 @@ from training.corpus import SKILLS
 from training.guessing import share_guessed
 from training.sample import Sample, Skill
 from training.skills.codeword import CodeWord
-from training.skills.honesty import Outside
+from training.skills.honesty import outside
 
 SEED = 7
 
@@ -54,16 +54,16 @@ class LongCodeWord(CodeWord):
         super().__init__(shortest=75)
 
 
-SCORED: tuple[Skill, ...] = (*SKILLS, LongCodeWord(), Outside())
-
-
 def held_out(skill: Skill, count: int, seed: int = SEED) -> list[Sample]:
-    """Instances that training never sees; for what is learnt by heart, some of those it does see. Of those that were
-    written by hand, each once."""
-    if isinstance(skill, Outside):
-        return skill.every()[:count]
+    """Instances that training never sees; for what is learnt by heart, some of those it does see."""
     random = Random(f"{seed} {skill.name}")
     return [skill.make(random, held_out=True) for _ in range(count)]
+
+
+def questions(count: int) -> dict[str, list[Sample]]:
+    """All that is asked, by its name in the table: ``count`` of each skill, and what was written by hand, each once."""
+    skills: tuple[Skill, ...] = (*SKILLS, LongCodeWord())
+    return {skill.name: held_out(skill, count) for skill in skills} | {"outside its skills": outside()[:count]}
 
 
 async def answer(client: openai.AsyncOpenAI, model: str, sample: Sample) -> tuple[str, int]:
@@ -76,7 +76,7 @@ async def answer(client: openai.AsyncOpenAI, model: str, sample: Sample) -> tupl
     return reply.choices[0].message.content or "", reply.usage.prompt_tokens
 
 
-async def score(client: openai.AsyncOpenAI, skill: Skill, count: int, concurrency: int) -> Score:
+async def score(client: openai.AsyncOpenAI, skill: str, samples: list[Sample], concurrency: int) -> Score:
     """``concurrency`` requests are on their way at a time."""
     model = (await client.models.list()).data[0].id
     turns = asyncio.Semaphore(concurrency)
@@ -85,23 +85,21 @@ async def score(client: openai.AsyncOpenAI, skill: Skill, count: int, concurrenc
         async with turns:
             return sample, *await answer(client, model, sample)
 
-    results = await asyncio.gather(*(ask(sample) for sample in held_out(skill, count)))
+    results = await asyncio.gather(*(ask(sample) for sample in samples))
     wrong = tuple((sample, said) for sample, said, _ in results if not sample.accepts(said))
     num_tokens = sum(tokens for _, _, tokens in results)
-    return Score(skill.name, len(results), num_tokens / len(results), wrong)
+    return Score(skill, len(results), num_tokens / len(results), wrong)
 
 
 async def evaluate(url: str, count: int, concurrency: int, show: int) -> list[Score]:
     """Scores every skill at ``url``; prints up to ``show`` wrong answers of each."""
     scores: list[Score] = []
     async with openai.AsyncOpenAI(base_url=url, api_key="none") as client:
-        for skill in SCORED:
-            scores.append(await score(client, skill, count, concurrency))
+        for skill, samples in questions(count).items():
+            scores.append(await score(client, skill, samples, concurrency))
             for sample, said in scores[-1].wrong[:show]:
                 question = str(sample.messages[-2]["content"])
-                print(
-                    f"{skill.name}: {question[-160:]!r}\n  wanted {sample.answer!r}\n  said   {said!r}", file=sys.stderr
-                )
+                print(f"{skill}: {question[-160:]!r}\n  wanted {sample.answer!r}\n  said   {said!r}", file=sys.stderr)
     return scores
 
 

@@ -15,7 +15,7 @@ from training.sample import HELD_OUT_IN, Sample, Skill, is_held_out
 from training.skills.arithmetic import worked
 from training.skills.codeword import CodeWord
 from training.skills.facts import CAPITALS, OTHERS
-from training.skills.honesty import HONEST_ANSWERS, Outside
+from training.skills.honesty import HONEST_ANSWERS, outside
 from training.skills.recall import UNTOLD
 from training.skills.tooling import NONE_FITS
 
@@ -97,11 +97,11 @@ def test_every_step_of_a_sum_is_right() -> None:
 
 def test_questions_outside_its_skills_are_never_practised_and_any_honest_answer_is_right() -> None:
     practised = {str(sample.messages[0]["content"]) for sample in made(by_name("honesty"), 20_000, held_out=False)}
-    outside = made(Outside(), 500, held_out=True)
-    assert not practised & {str(sample.messages[0]["content"]) for sample in outside}
-    assert len({str(sample.messages) for sample in outside}) > 40
-    assert all(outside[0].accepts(answer) for answer in HONEST_ANSWERS)
-    assert not outside[0].accepts("A tomato is a fruit.")
+    asked = outside()
+    assert not practised & {str(sample.messages[0]["content"]) for sample in asked}
+    assert len({str(sample.messages) for sample in asked}) > 40
+    assert all(asked[0].accepts(answer) for answer in HONEST_ANSWERS)
+    assert not asked[0].accepts("A tomato is a fruit.")
 
 
 def test_facts_are_all_practised() -> None:

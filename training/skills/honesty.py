@@ -1,7 +1,7 @@
 """A short honest answer to what it cannot know, do or understand. Held out by the whole question.
 
 What people may ask has no end. So the questions are as unlike each other as templates allow, many of them begin like
-one that has an answer, and the evaluator asks some that no template makes (``Outside``).
+one that has an answer, and the evaluator asks some that no template makes (``outside``).
 """
 
 from __future__ import annotations
@@ -104,14 +104,6 @@ def _typed(random: Random, question: str) -> str:
     return casual(question) if random.random() < 0.2 else question
 
 
-class Outside:
-    """Questions of people who have not read what the model is for. Any honest answer is right."""
-
-    name = "outside its skills"
-
-    def every(self) -> list[Sample]:
-        return [replace(asked(question, UNKNOWN), also=HONEST_ANSWERS) for question in _ASKED["outside"]]
-
-    def make(self, random: Random, *, held_out: bool) -> Sample:
-        assert held_out, "these are for scoring alone"
-        return random.choice(self.every())
+def outside() -> list[Sample]:
+    """Questions of people who have not read what the model is for, for scoring alone. Any honest answer is right."""
+    return [replace(asked(question, UNKNOWN), also=HONEST_ANSWERS) for question in _ASKED["outside"]]
